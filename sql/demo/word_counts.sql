@@ -1,0 +1,1 @@
+select word, count from pgonce.word_counts where consumer = $1

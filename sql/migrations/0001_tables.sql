@@ -1,0 +1,267 @@
+-- The tables of pgonce, version 1, and the row types that its functions return.
+--
+-- Two rows are locks and nothing else: a row of `partitions` (the head lock: whoever holds it may append to that
+-- partition of the queue) and a row of `consumer_partitions` (the offset lock: whoever holds it may change what a
+-- consumer has made of that partition). They are hardly ever updated, and no foreign key points at them, because the
+-- check of a foreign key would lock them for as long as a producer's transaction is open. What changes with every
+-- batch (`heads`, `progress`) is appended as a new generation: a row that is updated with every batch grows a chain of
+-- dead versions as long as any session holds an old snapshot.
+--
+-- `pgonce` stands here for the name that the schema is given when it is installed.
+
+create table pgonce.schema_versions (
+  version integer primary key check (version > 0),
+  program text not null,
+  routines_digest text not null,
+  installed_at timestamptz not null default clock_timestamp()
+);
+comment on table pgonce.schema_versions is 'One row for each version of this schema that was installed here; the highest is in force.';
+comment on column pgonce.schema_versions.version is 'Version of the tables; rises by one with each migration.';
+comment on column pgonce.schema_versions.program is 'Version of the pgonce program or library that installed it.';
+comment on column pgonce.schema_versions.routines_digest is 'SHA-256 of the functions and views in force, in hex: a program with others installs its own.';
+comment on column pgonce.schema_versions.installed_at is 'When it was installed, or its functions were last replaced.';
+
+-- Topics and the outbox ------------------------------------------------------------------------------------------
+
+create table pgonce.topics (
+  topic_id integer generated always as identity primary key,
+  topic text collate "C" not null unique check (octet_length(topic) between 1 and 255),
+  partitions integer not null check (partitions between 1 and 1024),
+  payload_bytes_max integer not null check (payload_bytes_max between 1 and 67108864),
+  paused boolean not null default false,
+  created_at timestamptz not null default clock_timestamp()
+);
+comment on table pgonce.topics is 'Streams of messages. A topic has a fixed number of partitions, and each key belongs to one of them.';
+comment on column pgonce.topics.topic_id is 'Short name of the topic in the other tables; never used again after a drop.';
+comment on column pgonce.topics.topic is 'Name, 1 to 255 bytes.';
+comment on column pgonce.topics.partitions is 'Number of partitions, 1 to 1024; cannot change, because it decides where a key belongs.';
+comment on column pgonce.topics.payload_bytes_max is 'Largest payload in bytes of its binary JSON form, up to 64 MiB.';
+comment on column pgonce.topics.paused is 'While true, the relay leaves the topic alone; messages can be enqueued all the same.';
+comment on column pgonce.topics.created_at is 'When the topic was created.';
+
+create table pgonce.partitions (
+  topic_id integer not null references pgonce.topics,
+  partition integer not null check (partition >= 0),
+  primary key (topic_id, partition)
+);
+comment on table pgonce.partitions is 'The head locks: whoever holds a row FOR NO KEY UPDATE may append to that partition of the queue.';
+comment on column pgonce.partitions.topic_id is 'The topic.';
+comment on column pgonce.partitions.partition is 'Number of the partition, from 0.';
+
+create sequence pgonce.outbox_seq cache 1;
+comment on sequence pgonce.outbox_seq is 'Order of the outbox. CACHE must stay 1: the relay needs numbers to be drawn in the order in which they are given.';
+
+create table pgonce.outbox (
+  seq bigint not null
+    default nextval(case when pg_current_xact_id() is not null then 'pgonce.outbox_seq'::regclass end),
+  enqueued_at timestamptz not null default clock_timestamp(),
+  deliver_at timestamptz,
+  topic_id integer not null,
+  partition integer not null,
+  bytes integer not null check (bytes between 1 and 67150000),
+  status text collate "C" not null default 'PENDING' check (status in ('SCHEDULED', 'PENDING', 'SENT')),
+  message_id text collate "C" not null check (octet_length(message_id) between 1 and 255),
+  key text collate "C" check (octet_length(key) between 1 and 255),
+  payload jsonb not null,
+  headers jsonb check (jsonb_typeof(headers) = 'object' and pg_column_size(headers) <= 16384),
+  primary key (topic_id, message_id),
+  check ((status = 'SCHEDULED') = (deliver_at is not null))
+) with (fillfactor = 47);
+create index outbox_in_order on pgonce.outbox (topic_id, partition, seq);
+create index outbox_scheduled on pgonce.outbox (topic_id, partition, deliver_at, seq) where deliver_at is not null;
+comment on table pgonce.outbox is 'Messages as their transactions wrote them. A row stays after it was SENT: it is what a duplicate is recognised by. Half of each page is left free and status stands in no index, so that marking a row SENT stays on its page.';
+comment on column pgonce.outbox.seq is 'Order of relaying. Drawn after the transaction has its xid, and drawn anew by whatever makes a row PENDING: the relay does not look again below a bound that rests on both.';
+comment on column pgonce.outbox.enqueued_at is 'When it was enqueued, by the database''s clock. Orders nothing.';
+comment on column pgonce.outbox.deliver_at is 'When a SCHEDULED message becomes due; null for all others.';
+comment on column pgonce.outbox.topic_id is 'The topic.';
+comment on column pgonce.outbox.partition is 'The partition that its key belongs to.';
+comment on column pgonce.outbox.bytes is 'Size of payload, headers, key and id before compression.';
+comment on column pgonce.outbox.status is 'SCHEDULED until deliver_at, then PENDING until it is in the queue, then SENT.';
+comment on column pgonce.outbox.message_id is 'Names the message for good: a second message with this id is a duplicate. 1 to 255 bytes.';
+comment on column pgonce.outbox.key is 'Messages of one key stay in order. 1 to 255 bytes; null where order does not matter.';
+comment on column pgonce.outbox.payload is 'What the message says.';
+comment on column pgonce.outbox.headers is 'What is said about the message: a JSON object up to 16 KiB.';
+
+create table pgonce.duplicate_sends (
+  topic_id integer not null,
+  message_id text collate "C" not null,
+  sent_at timestamptz not null default clock_timestamp()
+);
+create index duplicate_sends_topic on pgonce.duplicate_sends (topic_id, sent_at);
+comment on table pgonce.duplicate_sends is 'One row for each message that enqueue refused because its id was known. Counting them in the outbox row would lock it, and so hold back its key.';
+comment on column pgonce.duplicate_sends.topic_id is 'The topic.';
+comment on column pgonce.duplicate_sends.message_id is 'The id that was sent again.';
+comment on column pgonce.duplicate_sends.sent_at is 'When it was sent again.';
+
+-- The queue --------------------------------------------------------------------------------------------------------
+
+create table pgonce.heads (
+  topic_id integer not null,
+  partition integer not null,
+  generation bigint not null check (generation >= 0),
+  next_offset bigint not null check (next_offset >= 1),
+  scanned bigint not null check (scanned >= 0),
+  floor bigint not null,
+  open_xids xid8[] not null,
+  open_from bigint[] not null,
+  candidate_seq bigint,
+  candidate_xid xid8,
+  moved bigint not null check (moved >= 0),
+  primary key (topic_id, partition, generation),
+  check (scanned <= floor),
+  check (cardinality(open_xids) = cardinality(open_from)),
+  check ((candidate_seq is null) = (candidate_xid is null))
+);
+comment on table pgonce.heads is 'How far each partition has been relayed. Appended by the holder of the head lock; the newest generation is in force (view partition_heads). The lower bound of the scan is explained in relay.sql.';
+comment on column pgonce.heads.topic_id is 'The topic.';
+comment on column pgonce.heads.partition is 'The partition.';
+comment on column pgonce.heads.generation is 'Rises by one with each change.';
+comment on column pgonce.heads.next_offset is 'Offset of the next message that is appended; the first is 1.';
+comment on column pgonce.heads.scanned is 'At or below this seq nothing is PENDING, except what the transactions in open_xids may still commit.';
+comment on column pgonce.heads.floor is 'The candidate that was adopted last: a transaction that is met for the first time has no row at or below it.';
+comment on column pgonce.heads.open_xids is 'Transactions that were open when scanned passed the rows they may hold.';
+comment on column pgonce.heads.open_from is 'For each of open_xids, a seq below all its rows.';
+comment on column pgonce.heads.candidate_seq is 'The highest seq drawn before candidate_xid was assigned.';
+comment on column pgonce.heads.candidate_xid is 'Every transaction that draws a seq up to candidate_seq has a lower xid than this.';
+comment on column pgonce.heads.moved is 'Messages moved from the outbox to the queue, ever.';
+
+create table pgonce.queue (
+  "offset" bigint not null,
+  enqueued_at timestamptz not null,
+  topic_id integer not null,
+  partition integer not null,
+  bytes integer not null,
+  message_id text collate "C" not null,
+  key text collate "C",
+  payload jsonb not null,
+  headers jsonb,
+  primary key (topic_id, partition, "offset"),
+  constraint queue_message_id_key unique (topic_id, message_id),
+  check ("offset" >= 1)
+);
+comment on table pgonce.queue is 'Messages in their final order: gapless offsets in each partition.';
+comment on column pgonce.queue."offset" is 'Place in the partition, from 1, without gaps. Never a key for deduplication: message_id is.';
+comment on column pgonce.queue.enqueued_at is 'When it was enqueued.';
+comment on column pgonce.queue.topic_id is 'The topic.';
+comment on column pgonce.queue.partition is 'The partition.';
+comment on column pgonce.queue.bytes is 'Size of payload, headers, key and id before compression.';
+comment on column pgonce.queue.message_id is 'Names the message for good.';
+comment on column pgonce.queue.key is 'Messages of one key stay in order.';
+comment on column pgonce.queue.payload is 'What the message says.';
+comment on column pgonce.queue.headers is 'What is said about the message.';
+
+create table pgonce.set_aside (
+  topic_id integer not null,
+  partition integer not null,
+  seq bigint not null,
+  message_id text collate "C" not null,
+  key text collate "C",
+  payload jsonb not null,
+  headers jsonb,
+  reason text not null,
+  set_aside_at timestamptz not null default clock_timestamp()
+);
+create index set_aside_topic on pgonce.set_aside (topic_id, set_aside_at);
+comment on table pgonce.set_aside is 'Outbox rows that the relay could not publish because their id stands in the queue already. Only a row changed by hand, or a defect, comes here; the rest of the partition goes on.';
+comment on column pgonce.set_aside.topic_id is 'The topic.';
+comment on column pgonce.set_aside.partition is 'The partition.';
+comment on column pgonce.set_aside.seq is 'Its seq in the outbox.';
+comment on column pgonce.set_aside.message_id is 'Its id.';
+comment on column pgonce.set_aside.key is 'Its key.';
+comment on column pgonce.set_aside.payload is 'Its payload.';
+comment on column pgonce.set_aside.headers is 'Its headers.';
+comment on column pgonce.set_aside.reason is 'Why it was not published.';
+comment on column pgonce.set_aside.set_aside_at is 'When it was set aside.';
+
+-- Consumers --------------------------------------------------------------------------------------------------------
+
+create table pgonce.consumers (
+  consumer_id integer generated always as identity primary key,
+  consumer text collate "C" not null unique check (octet_length(consumer) between 1 and 255),
+  topic_id integer references pgonce.topics,
+  paused boolean not null default false,
+  created_at timestamptz not null default clock_timestamp()
+);
+comment on table pgonce.consumers is 'Named readers of a topic, and inboxes (consumers without a topic) for messages that come from elsewhere.';
+comment on column pgonce.consumers.consumer_id is 'Short name of the consumer in the other tables; never used again after a drop.';
+comment on column pgonce.consumers.consumer is 'Name, 1 to 255 bytes.';
+comment on column pgonce.consumers.topic_id is 'The topic that it reads; null for an inbox.';
+comment on column pgonce.consumers.paused is 'While true, receive returns nothing.';
+comment on column pgonce.consumers.created_at is 'When the consumer was created.';
+
+create table pgonce.consumer_partitions (
+  consumer_id integer not null references pgonce.consumers,
+  partition integer not null check (partition >= 0),
+  primary key (consumer_id, partition)
+);
+comment on table pgonce.consumer_partitions is 'The offset locks: whoever holds a row FOR NO KEY UPDATE may change what the consumer has made of that partition.';
+comment on column pgonce.consumer_partitions.consumer_id is 'The consumer.';
+comment on column pgonce.consumer_partitions.partition is 'The partition.';
+
+create table pgonce.progress (
+  consumer_id integer not null,
+  partition integer not null,
+  generation bigint not null check (generation >= 0),
+  next_offset bigint not null check (next_offset >= 1),
+  received bigint not null check (received >= 0),
+  duplicates bigint not null check (duplicates >= 0),
+  primary key (consumer_id, partition, generation)
+);
+comment on table pgonce.progress is 'How far each consumer has come. Appended by the holder of the offset lock; the newest generation is in force (view consumer_offsets). Its number also tells a stale statement from a fresh one (receive.sql).';
+comment on column pgonce.progress.consumer_id is 'The consumer.';
+comment on column pgonce.progress.partition is 'The partition.';
+comment on column pgonce.progress.generation is 'Rises by one with each change.';
+comment on column pgonce.progress.next_offset is 'Offset of the next message to receive.';
+comment on column pgonce.progress.received is 'Messages received, ever, without duplicates.';
+comment on column pgonce.progress.duplicates is 'Messages left out, ever, because they were processed before.';
+
+create table pgonce.processed_ids (
+  "offset" bigint,
+  processed_at timestamptz not null default clock_timestamp(),
+  consumer_id integer not null,
+  partition integer,
+  message_id text collate "C" not null check (octet_length(message_id) between 1 and 255),
+  primary key (consumer_id, message_id),
+  check (("offset" is null) = (partition is null))
+);
+comment on table pgonce.processed_ids is 'What each consumer has processed: written in the transaction that applies the effect.';
+comment on column pgonce.processed_ids."offset" is 'Where the message stood; null in an inbox.';
+comment on column pgonce.processed_ids.processed_at is 'When it was processed.';
+comment on column pgonce.processed_ids.consumer_id is 'The consumer.';
+comment on column pgonce.processed_ids.partition is 'The partition in which it stood; null in an inbox.';
+comment on column pgonce.processed_ids.message_id is 'The message.';
+
+create table pgonce.duplicate_receipts (
+  consumer_id integer not null,
+  message_id text collate "C" not null,
+  received_at timestamptz not null default clock_timestamp()
+);
+create index duplicate_receipts_consumer on pgonce.duplicate_receipts (consumer_id, received_at);
+comment on table pgonce.duplicate_receipts is 'One row for each message that process_once refused because its id was known.';
+comment on column pgonce.duplicate_receipts.consumer_id is 'The inbox.';
+comment on column pgonce.duplicate_receipts.message_id is 'The id that came again.';
+comment on column pgonce.duplicate_receipts.received_at is 'When it came again.';
+
+create table pgonce.word_counts (
+  consumer text collate "C" not null,
+  word text collate "C" not null,
+  count bigint not null check (count > 0),
+  primary key (consumer, word)
+);
+comment on table pgonce.word_counts is 'The effect of the built-in word count.';
+comment on column pgonce.word_counts.consumer is 'The consumer that counted.';
+comment on column pgonce.word_counts.word is 'The word.';
+comment on column pgonce.word_counts.count is 'How often it came.';
+
+-- Row types of the verbs --------------------------------------------------------------------------------------------
+
+create type pgonce.enqueued as (message_id text, was_duplicate boolean);
+comment on type pgonce.enqueued is 'What enqueue answers.';
+create type pgonce.enqueued_item as ("position" integer, message_id text, was_duplicate boolean);
+comment on type pgonce.enqueued_item is 'What enqueue_many answers for each message: its position in the arrays, from 1.';
+create type pgonce.cancelled as (message_id text, was_cancelled boolean);
+comment on type pgonce.cancelled is 'What cancel answers.';
+create type pgonce.relayed as (topic text, partition integer, moved integer, blocked integer);
+comment on type pgonce.relayed is 'What relay did in a partition: messages moved to the queue, and messages that wait because another session holds a lock on them or on an earlier one of their key.';
+create type pgonce.processed as (message_id text, was_duplicate boolean);
+comment on type pgonce.processed is 'What process_once answers.';

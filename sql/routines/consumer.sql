@@ -1,0 +1,118 @@
+-- Consumers: create_consumer, drop_consumer, pause_consumer, resume_consumer.
+--
+-- Locks: create locks the topic's row FOR KEY SHARE, so that the topic cannot be dropped meanwhile; drop takes the
+-- consumer's row and then its offset locks in ascending order, so that it waits for a worker that is at a batch.
+
+create or replace function pgonce.consumer_row(consumer text)
+returns pgonce.consumers
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  found_row pgonce.consumers;
+begin
+  select c.* into found_row from pgonce.consumers c where c.consumer = consumer_row.consumer;
+  if not found then
+    raise exception using errcode = 'PO002', message = format('consumer %L does not exist', consumer_row.consumer),
+      hint = 'Create it with: select * from pgonce.create_consumer(...), or see what there is: select * from pgonce.consumers.';
+  end if;
+  return found_row;
+end $$;
+comment on function pgonce.consumer_row is 'Internal: the consumer of that name, or PO002.';
+
+create or replace function pgonce.create_consumer(
+  consumer text,
+  topic text default null,
+  start_at text default 'earliest')
+returns setof pgonce.consumers
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  reads pgonce.topics;
+  existing pgonce.consumers;
+begin
+  if consumer is null or octet_length(consumer) not between 1 and 255 then
+    raise exception using errcode = 'PO003',
+      message = format('consumer name of %s bytes', coalesce(octet_length(consumer)::text, 'null')),
+      hint = 'A consumer has a name of 1 to 255 bytes.';
+  elsif start_at is null or start_at not in ('earliest', 'latest') then
+    raise exception using errcode = 'PO003', message = format('start_at of %L', start_at),
+      hint = 'A consumer starts at ''earliest'' or at ''latest''.';
+  end if;
+  if topic is not null then
+    reads := pgonce.topic_row(topic);
+  end if;
+
+  insert into pgonce.consumers as c (consumer, topic_id) values (create_consumer.consumer, reads.topic_id)
+  on conflict (consumer) do nothing
+  returning c.* into existing;
+  if found then
+    insert into pgonce.consumer_partitions (consumer_id, partition)
+    select existing.consumer_id, p.partition from pgonce.partitions p where p.topic_id = reads.topic_id;
+    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
+    select existing.consumer_id, h.partition, 0,
+           case when create_consumer.start_at = 'latest' then h.next_offset else h.earliest_offset end, 0, 0
+    from pgonce.partition_heads h where h.topic_id = reads.topic_id;
+    return next existing;
+    return;
+  end if;
+
+  select c.* into strict existing from pgonce.consumers c where c.consumer = create_consumer.consumer;
+  if existing.topic_id is distinct from reads.topic_id then
+    raise exception using errcode = 'PO006',
+      message = format('consumer %L reads %s', consumer,
+        coalesce((select format('topic %L', t.topic) from pgonce.topics t where t.topic_id = existing.topic_id), 'no topic')),
+      hint = 'A consumer is bound to its topic. Give another name, or drop this one first.';
+  end if;
+  return next existing;
+end $$;
+comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. Without a topic it is an inbox for process_once. Errors: PO001, PO003, PO006 (bound to another topic).';
+
+create or replace function pgonce.drop_consumer(consumer text)
+returns setof pgonce.consumers
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  dropped pgonce.consumers;
+begin
+  dropped := pgonce.consumer_row(consumer);
+  perform from pgonce.consumers c where c.consumer_id = dropped.consumer_id for update;
+  perform from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id order by p.partition for update;
+  delete from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.progress p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.processed_ids p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.duplicate_receipts d where d.consumer_id = dropped.consumer_id;
+  delete from pgonce.word_counts w where w.consumer = dropped.consumer;
+  delete from pgonce.consumers c where c.consumer_id = dropped.consumer_id;
+  return next dropped;
+end $$;
+comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, and its word counts; its effects in tables of yours stay. Errors: PO002.';
+
+create or replace function pgonce.pause_consumer(consumer text)
+returns setof pgonce.consumers
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  perform pgonce.consumer_row(consumer);
+  return query update pgonce.consumers c set paused = true where c.consumer = pause_consumer.consumer returning c.*;
+end $$;
+comment on function pgonce.pause_consumer is 'receive returns nothing from its next call on. Errors: PO002.';
+
+create or replace function pgonce.resume_consumer(consumer text)
+returns setof pgonce.consumers
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  perform pgonce.consumer_row(consumer);
+  return query update pgonce.consumers c set paused = false where c.consumer = resume_consumer.consumer returning c.*;
+end $$;
+comment on function pgonce.resume_consumer is 'Ends a pause. Errors: PO002.';

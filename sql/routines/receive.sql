@@ -1,0 +1,269 @@
+-- Receive: how messages get from the queue to a consumer, inside the transaction of its effect.
+--
+-- Locks: the offset lock of a partition, FOR NO KEY UPDATE SKIP LOCKED. It never waits for anybody. COMMIT applies
+-- offset, record and effect together, ROLLBACK undoes all three.
+-- Indexes: the primary keys of queue (topic_id, partition, offset), progress and processed_ids.
+--
+-- A stale statement. In `with received as (select * from receive(…)) update …` the snapshot of the whole statement is
+-- older than the lock that receive takes. What the holder before committed in between is invisible to the update: its
+-- effect would be computed from the state before, and silently lost, while the offset moves on. So receive is a STABLE
+-- wrapper that reads the newest generations of progress in the caller's snapshot and hands them to a VOLATILE part,
+-- which reads them again once it has the lock, and leaves alone a partition where they differ: no rows, and the next
+-- statement sees it all. Above READ COMMITTED both see the same; there the insert of the next generation gets 40001.
+
+create or replace view pgonce.received as
+select
+  c.consumer,
+  q.partition,
+  q."offset",
+  q.message_id,
+  q.key,
+  q.payload,
+  q.headers,
+  q.enqueued_at
+from pgonce.consumers c
+join pgonce.queue q on q.topic_id = c.topic_id
+where c.consumer_id = nullif(current_setting('pgonce_batch.consumer_id', true), '')::integer
+  and q.partition = nullif(current_setting('pgonce_batch.partition', true), '')::integer
+  and q."offset" between nullif(current_setting('pgonce_batch.first_offset', true), '')::bigint
+                     and nullif(current_setting('pgonce_batch.last_offset', true), '')::bigint
+  and (current_setting('pgonce_batch.has_duplicates', true) = 'false'
+    or exists (
+      select from pgonce.processed_ids p
+      where p.consumer_id = c.consumer_id and p.message_id = q.message_id
+        and p.partition = q.partition and p."offset" = q."offset"));
+comment on view pgonce.received is 'The messages that open_batch received in this transaction: what the statements of an sql consumer read. Its row type is also what receive returns. Empty outside such a transaction.';
+
+create or replace function pgonce.newest_progress(consumer_id integer, partition integer)
+returns pgonce.progress
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+  newest pgonce.progress;
+begin
+  select p.* into strict newest from pgonce.progress p
+  where p.consumer_id = newest_progress.consumer_id and p.partition = newest_progress.partition
+  order by p.generation desc limit 1;
+  return newest;
+end $$;
+comment on function pgonce.newest_progress is 'Internal: the generation of a consumer''s progress that is in force.';
+
+create or replace function pgonce.seen_progress(consumer text, partition integer)
+returns bigint[]
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+#variable_conflict use_column
+begin
+  return array(
+    select (pgonce.newest_progress(p.consumer_id, p.partition)).generation
+    from pgonce.consumer_partitions p
+    join pgonce.consumers c using (consumer_id)
+    where c.consumer = seen_progress.consumer
+      and (seen_progress.partition is null or p.partition = seen_progress.partition)
+    order by p.partition);
+end $$;
+comment on function pgonce.seen_progress is 'Internal: the generations of progress that the calling statement sees, of one partition or of all in order.';
+
+create or replace function pgonce.record_batch(
+  reader pgonce.consumers, partition integer, first_offset bigint, last_offset bigint, known text[])
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
+  select q."offset", reader.consumer_id, q.partition, q.message_id
+  from pgonce.queue q
+  where q.topic_id = reader.topic_id and q.partition = record_batch.partition
+    and q."offset" between first_offset and last_offset
+    and (cardinality(known) = 0 or q.message_id <> all (known));
+end $$;
+comment on function pgonce.record_batch is 'Internal: records a run of offsets as processed, without the ids in known.';
+
+create or replace function pgonce.known_ids(
+  reader pgonce.consumers, partition integer, first_offset bigint, last_offset bigint)
+returns text[]
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  -- One look-up an id, whatever the statistics say: `limit 1` keeps the planner from scanning all of processed_ids.
+  return array(
+    select p.message_id
+    from pgonce.queue q
+    cross join lateral (
+      select k.message_id from pgonce.processed_ids k
+      where k.consumer_id = reader.consumer_id and k.message_id = q.message_id
+      limit 1) p
+    where q.topic_id = reader.topic_id and q.partition = known_ids.partition
+      and q."offset" between first_offset and last_offset);
+end $$;
+comment on function pgonce.known_ids is 'Internal: which ids in a run of offsets the consumer has processed before.';
+
+create or replace function pgonce.receive_seen(
+  consumer text, max integer, partition integer, max_bytes bigint, seen bigint[])
+returns setof pgonce.received
+language plpgsql volatile rows 1000
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers;
+  target record;
+  current pgonce.progress;
+  batch record;
+  known text[];
+begin
+  reader := pgonce.consumer_row(consumer);
+  if reader.topic_id is null then
+    raise exception using errcode = 'PO007', message = format('consumer %L is an inbox: it reads no topic', consumer),
+      hint = 'Use process_once for it, or create a consumer with a topic.';
+  elsif max is null or max not between 1 and 10000 then
+    raise exception using errcode = 'PO003', message = format('max of %s messages', max),
+      hint = 'receive takes 1 to 10000 messages a call.';
+  elsif max_bytes is null or max_bytes < 1 then
+    raise exception using errcode = 'PO003', message = format('max_bytes of %s', max_bytes),
+      hint = 'receive takes at least 1 byte a call, and at least one message.';
+  elsif partition is not null and cardinality(seen) = 0 then
+    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
+      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
+  elsif reader.paused then
+    return;
+  end if;
+
+  for target in
+    select p.partition, seen[case when receive_seen.partition is null then p.partition + 1 else 1 end] as generation
+    from pgonce.consumer_partitions p
+    where p.consumer_id = reader.consumer_id
+      and (receive_seen.partition is null or p.partition = receive_seen.partition)
+      and exists (
+        select from pgonce.queue q
+        where q.topic_id = reader.topic_id and q.partition = p.partition
+          and q."offset" >= (pgonce.newest_progress(p.consumer_id, p.partition)).next_offset)
+    order by random()
+  loop
+    perform from pgonce.consumer_partitions p
+    where p.consumer_id = reader.consumer_id and p.partition = target.partition
+    for no key update skip locked;
+    continue when not found;
+    current := pgonce.newest_progress(reader.consumer_id, target.partition);
+    continue when current.generation is distinct from target.generation;
+
+    -- How far the batch goes. Only where the bytes do not fit is it worth adding them up row by row.
+    select count(*) as messages, coalesce(max(q."offset"), 0) as last, sum(q.bytes) as bytes
+    into strict batch
+    from (
+      select q."offset", q.bytes
+      from pgonce.queue q
+      where q.topic_id = reader.topic_id and q.partition = target.partition and q."offset" >= current.next_offset
+      order by q."offset"
+      limit receive_seen.max) q;
+    if batch.bytes > max_bytes then
+      select count(*) as messages, max(q."offset") as last, sum(q.bytes) as bytes
+      into strict batch
+      from (
+        select q."offset", q.bytes, sum(q.bytes) over in_order - q.bytes as bytes_before
+        from pgonce.queue q
+        where q.topic_id = reader.topic_id and q.partition = target.partition
+          and q."offset" between current.next_offset and batch.last
+        window in_order as (order by q."offset" rows unbounded preceding)) q
+      where q.bytes_before < receive_seen.max_bytes;
+    end if;
+    continue when batch.messages = 0;
+    if batch.last - current.next_offset + 1 <> batch.messages then
+      raise exception using errcode = 'PO009',
+        message = format('partition %s of consumer %L has a hole at or after offset %s', target.partition, consumer, current.next_offset),
+        hint = 'Messages were deleted from the queue by hand. Restore them, or create the consumer anew.';
+    end if;
+    -- Under the lock nobody else adds a generation. A caller above READ COMMITTED whose snapshot is too old for the
+    -- newest one gets 40001 here.
+    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
+    values (reader.consumer_id, target.partition, current.generation + 1, batch.last + 1,
+            current.received + batch.messages, current.duplicates)
+    on conflict do nothing;
+    if not found then
+      raise exception using errcode = 'PO012', message = 'a newer generation of progress than the newest',
+        hint = 'Nothing was changed. Rows of progress are being changed by hand, or this is a defect: please report it.';
+    end if;
+    -- Nor does anybody else add records of this consumer for ids of this topic, so a plain INSERT is enough, and the
+    -- primary key finds the duplicates. They are rare: only then is each id looked up.
+    known := '{}';
+    begin
+      perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known);
+    exception when unique_violation then
+      known := pgonce.known_ids(reader, target.partition, current.next_offset, batch.last);
+      perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known);
+      update pgonce.progress p
+      set received = p.received - cardinality(known), duplicates = p.duplicates + cardinality(known)
+      where p.consumer_id = reader.consumer_id and p.partition = target.partition and p.generation = current.generation + 1;
+    end;
+    return query
+      select reader.consumer, q.partition, q."offset", q.message_id, q.key, q.payload, q.headers, q.enqueued_at
+      from pgonce.queue q
+      where q.topic_id = reader.topic_id and q.partition = target.partition
+        and q."offset" between current.next_offset and batch.last
+        and (cardinality(known) = 0 or q.message_id <> all (known))
+      order by q."offset";
+    if current.generation % 64 = 0 then
+      delete from pgonce.progress p
+      where p.consumer_id = reader.consumer_id and p.partition = target.partition
+        and p.generation between current.generation - 200 and current.generation - 64;
+    end if;
+    exit when cardinality(known) < batch.messages;
+  end loop;
+end $$;
+comment on function pgonce.receive_seen is 'Internal: receive, told which generations of progress the calling statement has seen.';
+
+create or replace function pgonce.receive(
+  consumer text,
+  max integer default 1000,
+  partition integer default null,
+  max_bytes bigint default 8388608)
+returns setof pgonce.received
+language sql stable rows 1000
+begin atomic
+  select r.consumer, r.partition, r."offset", r.message_id, r.key, r.payload, r.headers, r.enqueued_at
+  from pgonce.receive_seen(
+    receive.consumer, receive.max, receive.partition, receive.max_bytes,
+    pgonce.seen_progress(receive.consumer, receive.partition)) r;
+end;
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole).';
+
+create or replace function pgonce.open_batch(
+  consumer text,
+  max integer default 1000,
+  partition integer default null,
+  max_bytes bigint default 8388608)
+returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  batch record;
+begin
+  select count(*) as messages, min(r.partition) as partition, min(r."offset") as first, max(r."offset") as last
+  into strict batch
+  from pgonce.receive(consumer, max, partition, max_bytes) r;
+  if batch.messages > 0 then
+    perform set_config('pgonce_batch.consumer_id', (pgonce.consumer_row(consumer)).consumer_id::text, true),
+            set_config('pgonce_batch.partition', batch.partition::text, true),
+            set_config('pgonce_batch.first_offset', batch.first::text, true),
+            set_config('pgonce_batch.last_offset', batch.last::text, true),
+            set_config('pgonce_batch.has_duplicates', (batch.messages <> batch.last - batch.first + 1)::text, true);
+  end if;
+  return batch.messages;
+end $$;
+comment on function pgonce.open_batch is 'receive without handing the messages out: until the end of the transaction, the view received shows them. Answers their number.';

@@ -1,0 +1,1 @@
+select consumer from pgonce.create_consumer($1, $2, start_at => $3)
