@@ -1,0 +1,215 @@
+//! What can go wrong, and what to do about it.
+//!
+//! Every failure is an [`Error`] with an [`ErrorKind`]; one match, [`ErrorKind::remedy`], says whether trying again can
+//! help, whether an operator has to act, or whether the request itself must change. Messages name the value, the limit
+//! and the way out; payloads and secrets are never in them.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use tokio_postgres::error::SqlState;
+
+/// A failure of pgonce.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    hint: Option<String>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// What kind of failure it was. The SQLSTATE in brackets is what the SQL functions raise for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The topic does not exist (`PO001`).
+    UnknownTopic,
+    /// The consumer does not exist (`PO002`).
+    UnknownConsumer,
+    /// An argument makes no sense: a count out of bounds, a null, a schema name that cannot be one (`PO003`).
+    Invalid,
+    /// A payload, header, key or message id is beyond its bound (`PO004`).
+    TooLarge,
+    /// The topic exists with another number of partitions (`PO005`), or the consumer with another topic (`PO006`).
+    Conflict,
+    /// `receive` on an inbox, or `process_once` on a consumer of a topic (`PO007`).
+    WrongConsumer,
+    /// The topic still has consumers (`PO008`).
+    InUse,
+    /// Messages are missing from the queue (`PO009`).
+    Hole,
+    /// `relay` outside READ COMMITTED (`PO010`).
+    Isolation,
+    /// Rows were changed by hand, or pgonce is wrong (`PO012`).
+    Defect,
+    /// The schema is not installed in this database.
+    SchemaMissing,
+    /// The schema is of an older version than this program.
+    SchemaTooOld,
+    /// The schema is of a newer version than this program.
+    SchemaTooNew,
+    /// A payload is not the JSON that was expected, or holds `\u0000`, which PostgreSQL cannot store.
+    Payload,
+    /// A handler failed.
+    Handler,
+    /// Another transaction was in the way: a serialization failure or a deadlock.
+    Contention,
+    /// The server cannot be reached, is starting or stopping, or has no connection to give.
+    Unavailable,
+    /// Any other error of the database.
+    Database,
+}
+
+/// What may help against an [`ErrorKind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Remedy {
+    /// The same again, a little later.
+    Retry,
+    /// Somebody has to change something outside of the program.
+    Operator,
+    /// The request itself has to change.
+    Reject,
+}
+
+impl ErrorKind {
+    /// Says whether to retry, to call an operator or to reject the request.
+    #[must_use]
+    pub fn remedy(self) -> Remedy {
+        match self {
+            Self::Contention | Self::Unavailable | Self::Handler => Remedy::Retry,
+            Self::UnknownTopic
+            | Self::UnknownConsumer
+            | Self::InUse
+            | Self::Hole
+            | Self::Defect
+            | Self::SchemaMissing
+            | Self::SchemaTooOld
+            | Self::SchemaTooNew
+            | Self::Database => Remedy::Operator,
+            Self::Invalid | Self::TooLarge | Self::Conflict | Self::WrongConsumer | Self::Isolation | Self::Payload => {
+                Remedy::Reject
+            }
+        }
+    }
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner { kind, message: message.into(), hint: None, source: None }))
+    }
+
+    pub(crate) fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    pub(crate) fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// What kind of failure it was.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// What to do about it, in a sentence, where there is something to say.
+    #[must_use]
+    pub fn hint(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error")
+            .field("kind", &self.0.kind)
+            .field("message", &self.0.message)
+            .field("hint", &self.0.hint)
+            .field("source", &self.0.source)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+impl From<tokio_postgres::Error> for Error {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let Some(reported) = error.as_db_error() else {
+            // Without a report of the server it is the connection that failed, or a value that has another type.
+            let kind = if error.is_closed() || error.source().is_some_and(<dyn StdError>::is::<std::io::Error>) {
+                ErrorKind::Unavailable
+            } else {
+                ErrorKind::Database
+            };
+            return Self::new(kind, error_chain(&error)).with_source(error);
+        };
+        let kind = kind_of(reported.code());
+        let hint = match kind {
+            ErrorKind::SchemaMissing => Some("Install the schema of pgonce first: pgonce init.".to_owned()),
+            _ => reported.hint().map(str::to_owned),
+        };
+        let mut converted = Self::new(kind, reported.message().to_owned()).with_source(error);
+        converted.0.hint = hint;
+        converted
+    }
+}
+
+impl From<deadpool_postgres::PoolError> for Error {
+    fn from(error: deadpool_postgres::PoolError) -> Self {
+        match error {
+            deadpool_postgres::PoolError::Backend(error) => error.into(),
+            other => Self::new(ErrorKind::Unavailable, format!("no connection from the pool: {other}")),
+        }
+    }
+}
+
+fn kind_of(code: &SqlState) -> ErrorKind {
+    match code.code() {
+        "PO001" => ErrorKind::UnknownTopic,
+        "PO002" => ErrorKind::UnknownConsumer,
+        "PO003" => ErrorKind::Invalid,
+        "PO004" => ErrorKind::TooLarge,
+        "PO005" | "PO006" => ErrorKind::Conflict,
+        "PO007" => ErrorKind::WrongConsumer,
+        "PO008" => ErrorKind::InUse,
+        "PO009" => ErrorKind::Hole,
+        "PO010" => ErrorKind::Isolation,
+        "PO012" => ErrorKind::Defect,
+        // serialization_failure, deadlock_detected, lock_not_available
+        "40001" | "40P01" | "55P03" => ErrorKind::Contention,
+        // invalid_schema_name, undefined_function
+        "3F000" | "42883" => ErrorKind::SchemaMissing,
+        // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, read_only_sql_transaction
+        "53300" | "57P01" | "57P02" | "57P03" | "25006" => ErrorKind::Unavailable,
+        connection if connection.starts_with("08") => ErrorKind::Unavailable,
+        _ => ErrorKind::Database,
+    }
+}
+
+/// The message with those of its sources, for errors whose own message says little ("error connecting to server").
+fn error_chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let more = source.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        next = source.source();
+    }
+    text
+}

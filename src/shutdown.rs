@@ -1,0 +1,53 @@
+//! How everything stops: softly, so that what was begun is finished; or hard, so that it is dropped. Either way no
+//! message is lost or doubled, because a batch commits whole or not at all.
+
+use std::future::Future;
+
+use tokio_util::sync::CancellationToken;
+
+/// The wish to stop, shared by all that has to hear of it. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    soft: CancellationToken,
+    hard: CancellationToken,
+}
+
+impl Shutdown {
+    /// Nothing is to stop yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks to take up nothing new, finish the batches at hand, and end.
+    pub fn stop(&self) {
+        self.soft.cancel();
+    }
+
+    /// Asks to drop the batches at hand and end now.
+    pub fn abort(&self) {
+        self.soft.cancel();
+        self.hard.cancel();
+    }
+
+    /// Whether it was asked to stop, softly or hard.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.soft.is_cancelled()
+    }
+
+    /// Ends when it is asked to stop, softly or hard.
+    pub async fn stopping(&self) {
+        self.soft.cancelled().await;
+    }
+
+    /// Runs a future to its end, or drops it when it is asked to abort.
+    pub async fn or_aborted<F: Future>(&self, work: F) -> Option<F::Output> {
+        // The caller says by choosing this method that `work` may be dropped at any await.
+        tokio::select! {
+            biased;
+            () = self.hard.cancelled() => None,
+            output = work => Some(output),
+        }
+    }
+}

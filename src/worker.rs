@@ -1,0 +1,236 @@
+//! The worker: relays and consumers wired into one process, and stopped together.
+//!
+//! Each stage is a bounded `step` and the same loop around it: step while there is work, wait a little where there is
+//! none, wait longer where the database cannot be reached. Consumers are woken when a relay of this process has moved
+//! something; a wake-up that gets lost costs one pause, since polling alone suffices.
+//!
+//! Deliberately absent: state. What is done and what is not stands in the database, so a worker may die at any moment
+//! and another takes over where its last commit left off.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use crate::consume::Consumer;
+use crate::database::Database;
+use crate::error::{Error, ErrorKind, Remedy};
+use crate::relay::Relay;
+use crate::shutdown::Shutdown;
+
+/// Shortest pause of a stage that found nothing to do; it doubles with each empty step.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+/// Longest such pause.
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+/// First wait after a failure; it doubles, with jitter, up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// Longest wait after a failure.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Loops that each consumer gets, where nothing else is said.
+const LOOPS_PER_CONSUMER: usize = 2;
+
+/// Runs relays and consumers until it is asked to stop.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), pgonce::Error> {
+/// use pgonce::{Consumer, Database, Schema, Shutdown, Worker};
+///
+/// let database = Database::connect("postgresql://localhost/app", Schema::default(), 8)?;
+/// let shutdown = Shutdown::new();
+/// let report = Worker::new(database)
+///     .relay("words")
+///     .consumer(Consumer::word_count("counter"))
+///     .run(&shutdown)
+///     .await?;
+/// println!("{} messages applied", report.applied);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Worker {
+    database: Database,
+    relays: Vec<Relay>,
+    consumers: Vec<(Arc<Consumer>, usize)>,
+}
+
+/// What a worker did until it was stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Messages that its relays moved to the queue.
+    pub moved: u64,
+    /// Messages whose effect its consumers applied.
+    pub applied: u64,
+}
+
+impl Worker {
+    /// A worker without stages.
+    #[must_use]
+    pub fn new(database: Database) -> Self {
+        Self { database, relays: Vec::new(), consumers: Vec::new() }
+    }
+
+    /// Adds a relay; a topic's name is enough.
+    #[must_use]
+    pub fn relay(mut self, relay: impl Into<Relay>) -> Self {
+        self.relays.push(relay.into());
+        self
+    }
+
+    /// Adds a consumer, with two loops, each at another partition.
+    #[must_use]
+    pub fn consumer(self, consumer: Consumer) -> Self {
+        self.consumer_with(consumer, LOOPS_PER_CONSUMER)
+    }
+
+    /// Adds a consumer with a number of loops. More than the topic has partitions are of no use.
+    #[must_use]
+    pub fn consumer_with(mut self, consumer: Consumer, loops: usize) -> Self {
+        self.consumers.push((Arc::new(consumer), loops.max(1)));
+        self
+    }
+
+    /// Connections that it uses at the same time.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.relays.len() + self.consumers.iter().map(|(_, loops)| loops).sum::<usize>()
+    }
+
+    /// Runs all stages until `shutdown` asks to stop, or one of them fails in a way that time does not mend (an unknown
+    /// topic, no schema) or panics; then all are stopped softly, and that error is returned.
+    ///
+    /// Failures that time may mend (no connection, a server that restarts, a handler's error) are logged and tried again,
+    /// after 0.1 s at first and 5 s at the most. Dropping the future drops the batches at hand.
+    ///
+    /// # Errors
+    ///
+    /// The first error whose remedy is not to retry.
+    pub async fn run(self, shutdown: &Shutdown) -> Result<Report, Error> {
+        let moved = Arc::new(Notify::new());
+        let stop = shutdown.clone();
+        let mut loops = JoinSet::new();
+        for relay in self.relays {
+            let stage = Stage::Relay(relay, Arc::clone(&moved));
+            loops.spawn(run_loop(stage, self.database.clone(), stop.clone()));
+        }
+        for (consumer, count) in self.consumers {
+            for _ in 0..count {
+                let stage = Stage::Consumer(Arc::clone(&consumer), Arc::clone(&moved));
+                loops.spawn(run_loop(stage, self.database.clone(), stop.clone()));
+            }
+        }
+        let mut report = Report::default();
+        let mut first_error = None;
+        while let Some(ended) = loops.join_next().await {
+            let ended = ended.unwrap_or_else(|panicked| {
+                Err(Error::new(ErrorKind::Defect, "a handler or a stage of the worker panicked").with_source(panicked))
+            });
+            match ended {
+                Ok(part) => {
+                    report.moved += part.moved;
+                    report.applied += part.applied;
+                }
+                Err(error) => {
+                    stop.stop();
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        first_error.map_or(Ok(report), Err)
+    }
+}
+
+/// One loop's stage, and the bell by which relays wake consumers.
+enum Stage {
+    Relay(Relay, Arc<Notify>),
+    Consumer(Arc<Consumer>, Arc<Notify>),
+}
+
+impl Stage {
+    fn name(&self) -> &str {
+        match self {
+            Self::Relay(..) => "relay",
+            Self::Consumer(consumer, _) => consumer.name(),
+        }
+    }
+
+    fn bell(&self) -> &Notify {
+        match self {
+            Self::Relay(_, bell) | Self::Consumer(_, bell) => bell,
+        }
+    }
+
+    /// One step; answers what it did, or nothing where there was nothing to do.
+    async fn step(&self, database: &Database) -> Result<Report, Error> {
+        match self {
+            Self::Relay(relay, bell) => {
+                let relayed = relay.step(database).await?;
+                if relayed.moved > 0 {
+                    bell.notify_waiters();
+                }
+                Ok(Report { moved: relayed.moved, applied: 0 })
+            }
+            Self::Consumer(consumer, _) => Ok(Report { moved: 0, applied: consumer.step(database).await?.applied }),
+        }
+    }
+}
+
+async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Result<Report, Error> {
+    let retries =
+        ExponentialBuilder::new().with_min_delay(RETRY_MIN).with_max_delay(RETRY_MAX).with_jitter().without_max_times();
+    let mut done = Report::default();
+    let mut pause = PAUSE_MIN;
+    let mut retry = None;
+    while !shutdown.is_stopping() {
+        // Registered before looking, so that what is moved between the look and the wait still wakes.
+        let rung = stage.bell().notified();
+        let Some(outcome) = shutdown.or_aborted(stage.step(&database)).await else {
+            break;
+        };
+        let wait = match outcome {
+            Ok(step) => {
+                if retry.take().is_some() {
+                    tracing::info!(stage.name = stage.name(), "works again");
+                }
+                done.moved += step.moved;
+                done.applied += step.applied;
+                if step != Report::default() {
+                    pause = PAUSE_MIN;
+                    continue;
+                }
+                let wait = pause;
+                pause = (pause * 2).min(PAUSE_MAX);
+                wait
+            }
+            Err(error) if mends_by_itself(&error) => {
+                let delays = retry.get_or_insert_with(|| retries.build());
+                let wait = delays.next().unwrap_or(RETRY_MAX).min(RETRY_MAX);
+                tracing::warn!(
+                    stage.name = stage.name(),
+                    error.kind = ?error.kind(),
+                    retry.after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                    "failed, will try again: {error}"
+                );
+                wait
+            }
+            Err(error) => return Err(error),
+        };
+        // Each arm may be dropped: none has taken anything up.
+        tokio::select! {
+            () = shutdown.stopping() => {}
+            () = rung, if retry.is_none() && matches!(stage, Stage::Consumer(..)) => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+    Ok(done)
+}
+
+/// Whether a stage goes on after an error. A payload that does not fit the handler or an error that the database reports
+/// for its statement stops a batch, not the worker: other partitions go on, and somebody may mend it meanwhile.
+fn mends_by_itself(error: &Error) -> bool {
+    match error.kind() {
+        ErrorKind::Payload | ErrorKind::Database | ErrorKind::Hole | ErrorKind::Defect => true,
+        kind => kind.remedy() == Remedy::Retry,
+    }
+}
