@@ -1,0 +1,31 @@
+#![doc = include_str!("../README.md")]
+
+mod error;
+mod message;
+
+mod database;
+mod schema;
+
+mod consume;
+mod produce;
+mod relay;
+mod topic;
+
+mod shutdown;
+mod worker;
+
+#[cfg(feature = "cli")]
+pub mod cli;
+#[cfg(all(unix, feature = "embedded"))]
+pub mod embedded;
+
+pub use consume::{BatchHandler, BoxFuture, Consumed, Consumer, Handler, HandlerError};
+pub use database::{Database, Session};
+pub use error::{Error, ErrorKind, Remedy};
+pub use message::{Message, MessageId, Offset, Partition, Received, Sent};
+pub use produce::Producer;
+pub use relay::{Relay, Relayed};
+pub use schema::{Migration, SCHEMA_VERSION, Schema, check_version, migrate};
+pub use shutdown::Shutdown;
+pub use topic::{StartAt, TopicSettings, create_consumer, create_topic, process_once};
+pub use worker::{Report, Worker};
