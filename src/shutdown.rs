@@ -19,6 +19,24 @@ impl Shutdown {
         Self::default()
     }
 
+    /// Stops softly at the first Ctrl-C, and hard at the second.
+    ///
+    /// Must be called within a Tokio runtime. From then on, Ctrl-C does not end the process by itself.
+    #[must_use]
+    pub fn on_ctrl_c() -> Self {
+        let shutdown = Self::new();
+        let told = shutdown.clone();
+        tokio::spawn(async move {
+            for act in [Self::stop, Self::abort] {
+                if tokio::signal::ctrl_c().await.is_err() {
+                    return;
+                }
+                act(&told);
+            }
+        });
+        shutdown
+    }
+
     /// Asks to take up nothing new, finish the batches at hand, and end.
     pub fn stop(&self) {
         self.soft.cancel();

@@ -45,9 +45,6 @@ comment on function pgonce.scan_from is 'Internal: the bound at or below which n
 create or replace function pgonce.relay_is_due(topic_id integer, partition integer)
 returns boolean
 language plpgsql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -74,9 +71,6 @@ comment on function pgonce.relay_is_due is 'Internal: whether relay has somethin
 create or replace function pgonce.promote_due(topic_id integer, partition integer, max integer)
 returns integer
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -112,7 +106,6 @@ create or replace function pgonce.claim_page(
   topic_id integer, partition integer, max integer, head pgonce.heads,
   out tids tid[], out claimed bigint, out bytes bigint, out passed_over bigint, out done_up_to bigint, out at pg_snapshot)
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
@@ -148,7 +141,6 @@ create or replace function pgonce.claim_around(
   topic_id integer, partition integer, max integer, max_bytes bigint, head pgonce.heads,
   out tids tid[], out claimed bigint, out bytes bigint, out passed_over bigint, out done_up_to bigint, out at pg_snapshot)
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -218,7 +210,6 @@ create or replace function pgonce.publish(
   topic_id integer, partition integer, first_offset bigint, tids tid[])
 returns bigint
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -279,11 +270,6 @@ create or replace function pgonce.relay_partition(
   topic_id integer, partition integer, max integer, max_bytes bigint, drawn bigint,
   out moved bigint, out blocked bigint, out moved_bytes bigint)
 language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-set enable_mergejoin = off
-set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -366,8 +352,13 @@ create or replace function pgonce.relay(
   max_bytes bigint default 8388608)
 returns setof pgonce.relayed
 language plpgsql volatile
+-- The functions that it calls inherit these: names are found in pg_catalog only, and plans do not hang on statistics.
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_mergejoin = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -405,7 +396,7 @@ begin
     where not t.paused
       and (relay.topic is null or t.topic = relay.topic)
       and (relay.partition is null or p.partition = relay.partition)
-      and pgonce.relay_is_due(p.topic_id, p.partition)
+      and (relay.partition is not null or pgonce.relay_is_due(p.topic_id, p.partition))
     order by random()
   loop
     done := pgonce.relay_partition(target.topic_id, target.partition, rest, rest_bytes, drawn);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Deserialize;
 
 use crate::Consumer;
@@ -34,30 +34,40 @@ pub(super) struct Topic {
 pub(super) struct ConsumerEntry {
     pub(super) name: String,
     pub(super) topic: String,
-    #[serde(flatten)]
     pub(super) kind: Kind,
+    /// For the kind `sql`: one statement, or several separated by semicolons.
+    pub(super) statements: Option<String>,
     pub(super) batch_messages: Option<i32>,
     pub(super) loops: Option<usize>,
 }
 
 /// What a consumer does with its messages.
 #[derive(Debug, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Kind {
     /// Counts words into `word_counts`.
     WordCount,
     /// Runs SQL over `received`.
-    Sql {
-        /// One statement, or several separated by semicolons.
-        statements: String,
-    },
+    Sql,
 }
 
 impl Config {
     /// Reads and checks a file.
     pub(super) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        toml::from_str(&text).with_context(|| format!("{} is not a configuration of pgonce", path.display()))
+        let config: Self =
+            toml::from_str(&text).with_context(|| format!("{} is not a configuration of pgonce", path.display()))?;
+        for consumer in &config.consumers {
+            let needs_statements = matches!(consumer.kind, Kind::Sql);
+            if needs_statements != consumer.statements.is_some() {
+                bail!(
+                    "{}: consumer {:?}: statements go with kind = \"sql\", and only with it",
+                    path.display(),
+                    consumer.name
+                );
+            }
+        }
+        Ok(config)
     }
 }
 
@@ -66,7 +76,7 @@ impl ConsumerEntry {
     pub(super) fn stage(&self) -> Consumer {
         let stage = match &self.kind {
             Kind::WordCount => Consumer::word_count(&self.name),
-            Kind::Sql { statements } => Consumer::sql(&self.name, statements),
+            Kind::Sql => Consumer::sql(&self.name, self.statements.as_deref().unwrap_or_default()),
         };
         match self.batch_messages {
             Some(messages) => stage.batch_messages(messages),

@@ -87,6 +87,7 @@ impl Run {
                 name: name.clone(),
                 topic: topic.clone(),
                 kind: Kind::WordCount,
+                statements: None,
                 batch_messages: None,
                 loops: None,
             });
