@@ -39,7 +39,7 @@ pub enum ErrorKind {
     InUse,
     /// Messages are missing from the queue (`PO009`).
     Hole,
-    /// `relay` outside READ COMMITTED (`PO010`).
+    /// `relay` or a `drop_…` outside READ COMMITTED (`PO010`).
     Isolation,
     /// Rows were changed by hand, or pgonce is wrong (`PO012`).
     Defect,

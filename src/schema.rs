@@ -21,6 +21,8 @@ const MIGRATIONS: &[&str] = &[include_str!("../sql/migrations/0001_tables.sql")]
 const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/topic.sql"),
     include_str!("../sql/routines/enqueue.sql"),
+    include_str!("../sql/routines/relay_bound.sql"),
+    include_str!("../sql/routines/relay_claim.sql"),
     include_str!("../sql/routines/relay.sql"),
     include_str!("../sql/routines/views.sql"),
     include_str!("../sql/routines/consumer.sql"),

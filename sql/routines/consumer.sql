@@ -33,6 +33,7 @@ as $$
 declare
   reads pgonce.topics;
   existing pgonce.consumers;
+  created boolean;
 begin
   if consumer is null or octet_length(consumer) not between 1 and 255 then
     raise exception using errcode = 'PO003',
@@ -46,10 +47,17 @@ begin
     reads := pgonce.topic_row(topic);
   end if;
 
-  insert into pgonce.consumers as c (consumer, topic_id) values (create_consumer.consumer, reads.topic_id)
-  on conflict (consumer) do nothing
-  returning c.* into existing;
-  if found then
+  loop
+    insert into pgonce.consumers as c (consumer, topic_id) values (create_consumer.consumer, reads.topic_id)
+    on conflict (consumer) do nothing
+    returning c.* into existing;
+    created := found;
+    exit when created;
+    -- Not there although it was in the way: it has just been dropped.
+    select c.* into existing from pgonce.consumers c where c.consumer = create_consumer.consumer;
+    exit when found;
+  end loop;
+  if created then
     insert into pgonce.consumer_partitions (consumer_id, partition)
     select existing.consumer_id, p.partition from pgonce.partitions p where p.topic_id = reads.topic_id;
     insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
@@ -60,7 +68,6 @@ begin
     return;
   end if;
 
-  select c.* into strict existing from pgonce.consumers c where c.consumer = create_consumer.consumer;
   if existing.topic_id is distinct from reads.topic_id then
     raise exception using errcode = 'PO006',
       message = format('consumer %L reads %s', consumer,
@@ -80,8 +87,13 @@ as $$
 declare
   dropped pgonce.consumers;
 begin
+  perform pgonce.require_read_committed('drop_consumer');
   dropped := pgonce.consumer_row(consumer);
   perform from pgonce.consumers c where c.consumer_id = dropped.consumer_id for update;
+  if not found then
+    -- Somebody else has just dropped it.
+    return;
+  end if;
   perform from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id order by p.partition for update;
   delete from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.progress p where p.consumer_id = dropped.consumer_id;
@@ -91,7 +103,7 @@ begin
   delete from pgonce.consumers c where c.consumer_id = dropped.consumer_id;
   return next dropped;
 end $$;
-comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, and its word counts; its effects in tables of yours stay. Errors: PO002.';
+comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, and its word counts; its effects in tables of yours stay. Answers the row that it dropped. Errors: PO002, PO010 (READ COMMITTED only).';
 
 create or replace function pgonce.pause_consumer(consumer text)
 returns setof pgonce.consumers

@@ -22,6 +22,19 @@ begin
 end $$;
 comment on function pgonce.topic_row is 'Internal: the topic of that name, or PO001.';
 
+create or replace function pgonce.require_read_committed(verb text)
+returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    raise exception using errcode = 'PO010', message = format('%s in a %s transaction', verb, current_setting('transaction_isolation')),
+      hint = format('Call %s in a READ COMMITTED transaction: it must see what was committed before it took its lock.', verb);
+  end if;
+end $$;
+comment on function pgonce.require_read_committed is 'Internal: raises PO010 where the snapshot may be older than the locks that a verb takes.';
+
 create or replace function pgonce.create_topic(
   topic text,
   partitions integer default null,
@@ -33,6 +46,7 @@ as $$
 #variable_conflict use_column
 declare
   existing pgonce.topics;
+  created boolean;
 begin
   if topic is null or octet_length(topic) not between 1 and 255 then
     raise exception using errcode = 'PO003',
@@ -46,11 +60,18 @@ begin
       hint = 'A payload may be limited to 1 to 67108864 bytes (64 MiB); 1048576 (1 MiB) where nothing is said.';
   end if;
 
-  insert into pgonce.topics as t (topic, partitions, payload_bytes_max)
-  values (create_topic.topic, coalesce(create_topic.partitions, 8), coalesce(create_topic.payload_bytes_max, 1048576))
-  on conflict (topic) do nothing
-  returning t.* into existing;
-  if found then
+  loop
+    insert into pgonce.topics as t (topic, partitions, payload_bytes_max)
+    values (create_topic.topic, coalesce(create_topic.partitions, 8), coalesce(create_topic.payload_bytes_max, 1048576))
+    on conflict (topic) do nothing
+    returning t.* into existing;
+    created := found;
+    exit when created;
+    -- Not there although it was in the way: it has just been dropped.
+    select t.* into existing from pgonce.topics t where t.topic = create_topic.topic for no key update;
+    exit when found;
+  end loop;
+  if created then
     insert into pgonce.partitions (topic_id, partition)
     select existing.topic_id, p from generate_series(0, existing.partitions - 1) p;
     insert into pgonce.heads (topic_id, partition, generation, next_offset, scanned, floor, open_xids, open_from, moved)
@@ -59,7 +80,6 @@ begin
     return;
   end if;
 
-  select t.* into strict existing from pgonce.topics t where t.topic = create_topic.topic for no key update;
   if create_topic.partitions <> existing.partitions then
     raise exception using errcode = 'PO005',
       message = format('topic %L has %s partitions, not %s', topic, existing.partitions, create_topic.partitions),
@@ -83,8 +103,13 @@ declare
   dropped pgonce.topics;
   readers text;
 begin
+  perform pgonce.require_read_committed('drop_topic');
   dropped := pgonce.topic_row(topic);
   perform from pgonce.topics t where t.topic_id = dropped.topic_id for update;
+  if not found then
+    -- Somebody else has just dropped it.
+    return;
+  end if;
   select string_agg(quote_literal(c.consumer), ', ' order by c.consumer) into readers
   from pgonce.consumers c where c.topic_id = dropped.topic_id;
   if readers is not null then
@@ -101,7 +126,7 @@ begin
   delete from pgonce.topics t where t.topic_id = dropped.topic_id;
   return next dropped;
 end $$;
-comment on function pgonce.drop_topic is 'Drops the topic with all its messages, sent and unsent. Errors: PO001, PO008 (a consumer reads it).';
+comment on function pgonce.drop_topic is 'Drops the topic with all its messages, sent and unsent. Answers the row that it dropped. Errors: PO001, PO008 (a consumer reads it), PO010 (READ COMMITTED only).';
 
 create or replace function pgonce.pause_topic(topic text)
 returns setof pgonce.topics
