@@ -77,7 +77,7 @@ async fn enqueue(client: &Client) -> Result<Stage, Box<dyn std::error::Error>> {
             .await?;
         stage.bare.push(started.elapsed());
     }
-    client.batch_execute("vacuum analyze").await?;
+    client.batch_execute("analyze").await?;
     Ok(stage)
 }
 
@@ -96,7 +96,7 @@ async fn count(client: &Client) -> Result<Stage, Box<dyn std::error::Error>> {
         "select bench.count_bare(
             (select topic_id from pgonce.topics where topic = 'bare'),
             (select consumer_id from pgonce.consumers where consumer = 'bare'), 1000)",
-        "with received as (select * from pgonce.receive('ours', 1000)),
+        "with received as materialized (select * from pgonce.receive('ours', 1000)),
         counted as (
             insert into pgonce.word_counts as total (consumer, word, count)
             select 'ours', payload ->> 'word', count(*) from received

@@ -41,6 +41,8 @@ pub enum ErrorKind {
     Hole,
     /// `relay` or a `drop_…` outside READ COMMITTED (`PO010`).
     Isolation,
+    /// One statement runs `receive` twice (`PO011`).
+    ReceivedTwice,
     /// Rows were changed by hand, or pgonce is wrong (`PO012`).
     Defect,
     /// The schema is not installed in this database.
@@ -87,9 +89,13 @@ impl ErrorKind {
             | Self::SchemaTooOld
             | Self::SchemaTooNew
             | Self::Database => Remedy::Operator,
-            Self::Invalid | Self::TooLarge | Self::Conflict | Self::WrongConsumer | Self::Isolation | Self::Payload => {
-                Remedy::Reject
-            }
+            Self::Invalid
+            | Self::TooLarge
+            | Self::Conflict
+            | Self::WrongConsumer
+            | Self::Isolation
+            | Self::ReceivedTwice
+            | Self::Payload => Remedy::Reject,
         }
     }
 }
@@ -154,7 +160,11 @@ impl From<tokio_postgres::Error> for Error {
             } else {
                 ErrorKind::Database
             };
-            return Self::new(kind, error_chain(&error)).with_source(error);
+            let converted = Self::new(kind, error_chain(&error)).with_source(error);
+            return match kind {
+                ErrorKind::Unavailable => converted.with_hint("Is the server running, and does the URL name it?"),
+                _ => converted,
+            };
         };
         let kind = kind_of(reported.code());
         let hint = match kind {
@@ -187,6 +197,7 @@ fn kind_of(code: &SqlState) -> ErrorKind {
         "PO008" => ErrorKind::InUse,
         "PO009" => ErrorKind::Hole,
         "PO010" => ErrorKind::Isolation,
+        "PO011" => ErrorKind::ReceivedTwice,
         "PO012" => ErrorKind::Defect,
         // serialization_failure, deadlock_detected, lock_not_available
         "40001" | "40P01" | "55P03" => ErrorKind::Contention,

@@ -98,7 +98,8 @@ pub enum Migration {
 }
 
 /// Creates or upgrades the schema in one transaction. Safe to call from many programs at once, and at every start: where
-/// nothing is to do it only reads.
+/// nothing is to do it only reads. It also lifts the sequence of the outbox where that fell behind, as on a logical replica
+/// that was promoted: call it there before the first producer writes.
 ///
 /// The role needs the right to create schemas in the database, or to own the schema if it is there already; no
 /// superuser and no extension.
@@ -112,6 +113,7 @@ pub async fn migrate(client: &mut Client, schema: &Schema) -> Result<Migration, 
     if let Some(installed) = installed(client, schema).await? {
         refuse_newer(&installed)?;
         if installed.is_current(&digest) {
+            client.query_typed(&schema.sql(include_str!("../sql/statements/restore_sequence.sql")), &[]).await?;
             return Ok(Migration::Current);
         }
     }

@@ -75,7 +75,7 @@ comment on column pgonce.outbox.enqueued_at is 'When it was enqueued, by the dat
 comment on column pgonce.outbox.deliver_at is 'When a SCHEDULED message becomes due; null for all others.';
 comment on column pgonce.outbox.topic_id is 'The topic.';
 comment on column pgonce.outbox.partition is 'The partition that its key belongs to.';
-comment on column pgonce.outbox.bytes is 'Size of payload, headers, key and id before compression.';
+comment on column pgonce.outbox.bytes is 'Size of payload and headers before compression.';
 comment on column pgonce.outbox.status is 'SCHEDULED until deliver_at, then PENDING until it is in the queue, then SENT.';
 comment on column pgonce.outbox.message_id is 'Names the message for good: a second message with this id is a duplicate. 1 to 255 bytes.';
 comment on column pgonce.outbox.key is 'Messages of one key stay in order. 1 to 255 bytes; null where order does not matter.';
@@ -144,7 +144,7 @@ comment on column pgonce.queue."offset" is 'Place in the partition, from 1, with
 comment on column pgonce.queue.enqueued_at is 'When it was enqueued.';
 comment on column pgonce.queue.topic_id is 'The topic.';
 comment on column pgonce.queue.partition is 'The partition.';
-comment on column pgonce.queue.bytes is 'Size of payload, headers, key and id before compression.';
+comment on column pgonce.queue.bytes is 'Size of payload and headers before compression.';
 comment on column pgonce.queue.message_id is 'Names the message for good.';
 comment on column pgonce.queue.key is 'Messages of one key stay in order.';
 comment on column pgonce.queue.payload is 'What the message says.';
@@ -205,6 +205,7 @@ create table pgonce.progress (
   next_offset bigint not null check (next_offset >= 1),
   received bigint not null check (received >= 0),
   duplicates bigint not null check (duplicates >= 0),
+  writer xid8 not null default pg_current_xact_id(),
   primary key (consumer_id, partition, generation)
 );
 comment on table pgonce.progress is 'How far each consumer has come. Appended by the holder of the offset lock; the newest generation is in force (view consumer_offsets). Its number also tells a stale statement from a fresh one (receive.sql).';
@@ -214,6 +215,7 @@ comment on column pgonce.progress.generation is 'Rises by one with each change.'
 comment on column pgonce.progress.next_offset is 'Offset of the next message to receive.';
 comment on column pgonce.progress.received is 'Messages received, ever, without duplicates.';
 comment on column pgonce.progress.duplicates is 'Messages left out, ever, because they were processed before.';
+comment on column pgonce.progress.writer is 'The transaction that wrote this generation: how receive notices that one statement runs it twice.';
 
 create table pgonce.processed_ids (
   "offset" bigint,

@@ -45,6 +45,11 @@ begin
   end if;
   if topic is not null then
     reads := pgonce.topic_row(topic);
+    perform from pgonce.topics t where t.topic_id = reads.topic_id for key share;
+    if not found then
+      -- Dropped while we waited: say so.
+      reads := pgonce.topic_row(topic);
+    end if;
   end if;
 
   loop

@@ -155,7 +155,7 @@ begin
   if size > 10000 then
     raise exception using errcode = 'PO003', message = format('%s messages in one call', size),
       hint = 'enqueue_many takes 10000 at the most; call it several times in your transaction.';
-  elsif size <> all (array[coalesce(cardinality(keys), size), coalesce(cardinality(message_ids), size),
+  elsif size <> any (array[coalesce(cardinality(keys), size), coalesce(cardinality(message_ids), size),
                            coalesce(cardinality(headers), size), coalesce(cardinality(deliver_at), size)]) then
     raise exception using errcode = 'PO003', message = 'arrays of different lengths',
       hint = 'keys, message_ids, headers and deliver_at are null, or have one element for each payload.';

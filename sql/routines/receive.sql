@@ -2,7 +2,8 @@
 --
 -- Locks: the offset lock of a partition, FOR NO KEY UPDATE SKIP LOCKED. It never waits for anybody. COMMIT applies
 -- offset, record and effect together, ROLLBACK undoes all three.
--- Indexes: the primary keys of queue (topic_id, partition, offset), progress and processed_ids.
+-- Indexes: the primary keys of queue (topic_id, partition, offset), progress and processed_ids. Every look at the queue is
+-- in the order of the offsets, with sorting switched off: so no statistics can make another index look as good.
 --
 -- A stale statement. In `with received as (select * from receive(…)) update …` the snapshot of the whole statement is
 -- older than the lock that receive takes. What the holder before committed in between is invisible to the update: its
@@ -10,6 +11,11 @@
 -- wrapper that reads the newest generations of progress in the caller's snapshot and hands them to a VOLATILE part,
 -- which reads them again once it has the lock, and leaves alone a partition where they differ: no rows, and the next
 -- statement sees it all. Above READ COMMITTED both see the same; there the insert of the next generation gets 40001.
+--
+-- A statement that runs receive twice. Where an UPDATE has waited for another session's, PostgreSQL evaluates its row
+-- again, with the subqueries in it: a `received` that is not MATERIALIZED would be received again, and what came first
+-- would be lost. The second run meets a generation that this very transaction wrote and the statement has not seen, and
+-- raises.
 
 create or replace view pgonce.received as
 select
@@ -82,7 +88,8 @@ begin
   from pgonce.queue q
   where q.topic_id = reader.topic_id and q.partition = record_batch.partition
     and q."offset" between first_offset and last_offset
-    and (cardinality(known) = 0 or q.message_id <> all (known));
+    and (cardinality(known) = 0 or q.message_id <> all (known))
+  order by q."offset";
 end $$;
 comment on function pgonce.record_batch is 'Internal: records a run of offsets as processed, without the ids in known.';
 
@@ -103,7 +110,8 @@ begin
       where k.consumer_id = reader.consumer_id and k.message_id = q.message_id
       limit 1) p
     where q.topic_id = reader.topic_id and q.partition = known_ids.partition
-      and q."offset" between first_offset and last_offset);
+      and q."offset" between first_offset and last_offset
+    order by q."offset");
 end $$;
 comment on function pgonce.known_ids is 'Internal: which ids in a run of offsets the consumer has processed before.';
 
@@ -115,6 +123,7 @@ set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_mergejoin = off
+set enable_sort = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -141,17 +150,31 @@ begin
       hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
   elsif reader.paused then
     return;
+  elsif exists (
+    select from pgonce.consumer_partitions p
+    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
+    where p.consumer_id = reader.consumer_id
+      and (receive_seen.partition is null or p.partition = receive_seen.partition)
+      and newest.writer = pg_current_xact_id_if_assigned()
+      and newest.generation is distinct from
+          seen[case when receive_seen.partition is null then p.partition + 1 else 1 end]) then
+    raise exception using errcode = 'PO011', message = format('receive runs twice in one statement for consumer %L', consumer),
+      hint = 'Write: with received as materialized (select * from ...receive(...)); or use open_batch and the view received.';
   end if;
 
   for target in
     select p.partition, seen[case when receive_seen.partition is null then p.partition + 1 else 1 end] as generation
     from pgonce.consumer_partitions p
+    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
+    -- One look into the index a partition, whatever the statistics say: `limit 1` cannot become a join over the queue.
+    cross join lateral (
+      select 1
+      from pgonce.queue q
+      where q.topic_id = reader.topic_id and q.partition = p.partition and q."offset" >= newest.next_offset
+      order by q."offset"
+      limit 1) something
     where p.consumer_id = reader.consumer_id
       and (receive_seen.partition is null or p.partition = receive_seen.partition)
-      and exists (
-        select from pgonce.queue q
-        where q.topic_id = reader.topic_id and q.partition = p.partition
-          and q."offset" >= (pgonce.newest_progress(p.consumer_id, p.partition)).next_offset)
     order by random()
   loop
     perform from pgonce.consumer_partitions p
@@ -204,6 +227,10 @@ begin
       perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known);
     exception when unique_violation then
       known := pgonce.known_ids(reader, target.partition, current.next_offset, batch.last);
+      if cardinality(known) = 0 then
+        raise exception using errcode = '40001', message = 'the snapshot is older than what the consumer has processed',
+          hint = 'Run the transaction again.';
+      end if;
       perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known);
       update pgonce.progress p
       set received = p.received - cardinality(known), duplicates = p.duplicates + cardinality(known)
@@ -221,6 +248,8 @@ begin
       where p.consumer_id = reader.consumer_id and p.partition = target.partition
         and p.generation between current.generation - 200 and current.generation - 64;
     end if;
+    -- Gone with the transaction: how a worker sees that a handler has not ended it.
+    perform set_config('pgonce_batch.is_open', 'true', true);
     exit when cardinality(known) < batch.messages;
   end loop;
 end $$;
@@ -239,7 +268,7 @@ begin atomic
     receive.consumer, receive.max, receive.partition, receive.max_bytes,
     pgonce.seen_progress(receive.consumer, receive.partition)) r;
 end;
-comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole).';
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole), PO011 (twice in one statement).';
 
 create or replace function pgonce.open_batch(
   consumer text,
@@ -257,13 +286,12 @@ begin
   select count(*) as messages, min(r.partition) as partition, min(r."offset") as first, max(r."offset") as last
   into strict batch
   from pgonce.receive(consumer, max, partition, max_bytes) r;
-  if batch.messages > 0 then
-    perform set_config('pgonce_batch.consumer_id', (pgonce.consumer_row(consumer)).consumer_id::text, true),
-            set_config('pgonce_batch.partition', batch.partition::text, true),
-            set_config('pgonce_batch.first_offset', batch.first::text, true),
-            set_config('pgonce_batch.last_offset', batch.last::text, true),
-            set_config('pgonce_batch.has_duplicates', (batch.messages <> batch.last - batch.first + 1)::text, true);
-  end if;
+  -- Also where it is empty: the batch of a call before must not be seen again.
+  perform set_config('pgonce_batch.consumer_id', (pgonce.consumer_row(consumer)).consumer_id::text, true),
+          set_config('pgonce_batch.partition', coalesce(batch.partition::text, ''), true),
+          set_config('pgonce_batch.first_offset', coalesce(batch.first::text, ''), true),
+          set_config('pgonce_batch.last_offset', coalesce(batch.last::text, ''), true),
+          set_config('pgonce_batch.has_duplicates', coalesce((batch.messages <> batch.last - batch.first + 1)::text, ''), true);
   return batch.messages;
 end $$;
 comment on function pgonce.open_batch is 'receive without handing the messages out: until the end of the transaction, the view received shows them. Answers their number.';

@@ -6,7 +6,7 @@
 -- status stands in no index, so that marking a row SENT is a HOT update.
 -- Whatever makes a row PENDING draws a new seq for it: the scan does not look below its bound (relay_bound.sql).
 
-create or replace function pgonce.relay_is_due(topic_id integer, partition integer)
+create or replace function pgonce.relay_is_due(topic_id integer, partition integer, drawn bigint)
 returns boolean
 language plpgsql stable
 as $$
@@ -21,6 +21,7 @@ begin
   low := pgonce.scan_from(head.scanned, head.open_xids, head.open_from, pg_current_snapshot());
   return head.candidate_seq is not null
     or low < head.scanned
+    or drawn < head.floor
     or exists (
       select from pgonce.outbox o
       where o.topic_id = relay_is_due.topic_id and o.partition = relay_is_due.partition
@@ -127,7 +128,7 @@ end $$;
 comment on function pgonce.publish is 'Internal: appends claimed rows to the queue in the order of their seq and marks them SENT. A row whose id stands in the queue already is set aside, with its reason, and the rest goes through.';
 
 create or replace function pgonce.relay_partition(
-  topic_id integer, partition integer, max integer, max_bytes bigint, drawn bigint,
+  topic_id integer, partition integer, max integer, max_bytes bigint, drawn bigint, is_first boolean,
   out moved bigint, out blocked bigint, out moved_bytes bigint)
 language plpgsql volatile
 as $$
@@ -163,7 +164,7 @@ begin
   blocked := page.passed_over;
   moved_bytes := page.bytes;
 
-  head := pgonce.advance_bound(head, drawn, moved, page.done_up_to, page.at);
+  head := pgonce.advance_bound(head, case when is_first then drawn end, moved, page.done_up_to, page.at);
   head.next_offset := head.next_offset + moved;
   head.moved := head.moved + moved;
   if head is distinct from before then
@@ -176,7 +177,7 @@ begin
     end if;
   end if;
 end $$;
-comment on function pgonce.relay_partition is 'Internal: moves the next messages of one partition, if its head lock is free. drawn is the last seq that had been drawn before this transaction had an xid, or null.';
+comment on function pgonce.relay_partition is 'Internal: moves the next messages of one partition, if its head lock is free. drawn is the last seq that was drawn, is_first whether this transaction had no xid then.';
 
 create or replace function pgonce.relay(
   topic text default null,
@@ -196,6 +197,7 @@ as $$
 #variable_conflict use_column
 declare
   drawn bigint;
+  is_first boolean;
   target record;
   done record;
   answer pgonce.relayed;
@@ -216,9 +218,8 @@ begin
     raise exception using errcode = 'PO003', message = format('partition %s of topic %L', partition, topic),
       hint = format('It has partitions 0 to %s.', (pgonce.topic_row(topic)).partitions - 1);
   end if;
-  if pg_current_xact_id_if_assigned() is null then
-    select case when s.is_called then s.last_value else s.last_value - 1 end into strict drawn from pgonce.outbox_seq s;
-  end if;
+  is_first := pg_current_xact_id_if_assigned() is null;
+  select case when s.is_called then s.last_value else s.last_value - 1 end into strict drawn from pgonce.outbox_seq s;
 
   for target in
     select t.topic_id, t.topic, p.partition
@@ -227,10 +228,10 @@ begin
     where not t.paused
       and (relay.topic is null or t.topic = relay.topic)
       and (relay.partition is null or p.partition = relay.partition)
-      and (relay.partition is not null or pgonce.relay_is_due(p.topic_id, p.partition))
+      and (relay.partition is not null or pgonce.relay_is_due(p.topic_id, p.partition, drawn))
     order by random()
   loop
-    done := pgonce.relay_partition(target.topic_id, target.partition, rest, rest_bytes, drawn);
+    done := pgonce.relay_partition(target.topic_id, target.partition, rest, rest_bytes, drawn, is_first);
     if done.moved > 0 or done.blocked > 0 then
       answer := (target.topic, target.partition, done.moved, done.blocked);
       return next answer;

@@ -38,6 +38,7 @@ as $$
 begin
   if drawn < head.floor then
     -- The sequence has fallen behind, as after a logical replication that does not carry it: nothing below is certain.
+    -- That is seen only until producers have drawn past the bound, so restore_sequence is to be called before they do.
     head.scanned := 0;
     head.floor := 0;
     head.open_xids := '{}';
@@ -78,3 +79,20 @@ begin
   return head;
 end $$;
 comment on function pgonce.advance_bound is 'Internal: the head with the bound for the next call. done_up_to is the seq up to which the claiming statement left nothing PENDING, at its snapshot, drawn the last seq that had been drawn before this transaction had an xid, or null.';
+
+create or replace function pgonce.restore_sequence()
+returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  floor bigint := (select max(h.floor) from pgonce.heads h);
+begin
+  if (select s.last_value from pgonce.outbox_seq s) < floor then
+    -- Nobody draws a number while this lock is held.
+    lock table pgonce.outbox in share row exclusive mode;
+    perform setval('pgonce.outbox_seq', greatest(floor, (select s.last_value from pgonce.outbox_seq s)));
+  end if;
+  return (select s.last_value from pgonce.outbox_seq s);
+end $$;
+comment on function pgonce.restore_sequence is 'Lifts outbox_seq above all that was relayed, where it fell behind: a logical replica does not carry sequences. Call it after the promotion, before the first producer writes: what is enqueued with numbers that were used before may be overlooked. Answers the last number drawn. Locks the outbox against writers where there is something to do.';

@@ -1,1 +1,1 @@
-select encode(sha256(convert_to($1, 'UTF8')), 'hex') as digest
+select pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to($1, 'UTF8')), 'hex') as digest

@@ -1,1 +1,1 @@
-select pg_advisory_xact_lock(hashtextextended('pgonce ' || $1, 0))
+select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended(pg_catalog.concat('pgonce ', $1), 0))

@@ -2,7 +2,12 @@
 with opened as materialized (
   select
     pgonce.open_batch($1, max => $2) as messages,
-    set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident($3)), true) as path
+    pg_catalog.set_config(
+      'search_path',
+      pg_catalog.concat_ws(', ', nullif(pg_catalog.current_setting('search_path'), ''), pg_catalog.quote_ident($3)),
+      true) as path
 )
-select o.messages, o.path <> '' and to_regclass('received') = 'pgonce.received'::regclass as finds_received
+select
+  o.messages,
+  o.path is not null and pg_catalog.to_regclass('received') operator(pg_catalog.=) 'pgonce.received'::pg_catalog.regclass as finds_received
 from opened o

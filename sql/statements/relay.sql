@@ -1,1 +1,2 @@
-select coalesce(sum(moved), 0) as moved, coalesce(sum(blocked), 0) as blocked from pgonce.relay($1, max => $2)
+select coalesce(pg_catalog.sum(moved), 0) as moved, coalesce(pg_catalog.sum(blocked), 0) as blocked
+from pgonce.relay($1, max => $2)

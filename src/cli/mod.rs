@@ -95,14 +95,11 @@ pub fn main() -> ExitCode {
 
 /// One clear message, its causes where they say more, and what to do.
 fn report(error: &anyhow::Error) {
-    let mut said = error.to_string();
-    eprintln!("error: {said}");
-    for cause in error.chain().skip(1) {
-        let text = cause.to_string();
-        if !said.contains(&text) {
-            eprintln!("  caused by: {text}");
-            said.push_str(&text);
-        }
+    eprintln!("error: {error}");
+    // An error of the library says itself what its sources say.
+    let own = error.chain().position(|cause| cause.is::<Error>()).unwrap_or(usize::MAX);
+    for cause in error.chain().skip(1).take(own) {
+        eprintln!("  caused by: {cause}");
     }
     if let Some(hint) = error.chain().find_map(|cause| cause.downcast_ref::<Error>()?.hint()) {
         eprintln!("  hint: {hint}");

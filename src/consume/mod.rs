@@ -107,8 +107,13 @@ impl Consumer {
         let applied = self.effect.apply(&batch).await?;
         if applied > 0 {
             // A handler that swallowed an error left an aborted transaction, whose COMMIT would roll back and report
-            // success. A statement in front of it fails.
-            transaction.batch_execute(include_str!("../../sql/statements/still_in_transaction.sql")).await?;
+            // success; one that ended the transaction itself left none. A statement in front of COMMIT tells.
+            let row = transaction.query_typed_one(include_str!("../../sql/statements/batch_is_open.sql"), &[]).await?;
+            let is_open: Option<bool> = row.try_get("is_open")?;
+            if is_open != Some(true) {
+                let message = format!("handler of consumer {:?} ended the transaction that it was given", self.name);
+                return Err(Error::new(ErrorKind::Handler, message).with_hint("It must neither commit nor roll back."));
+            }
         }
         // Also without messages: a batch of nothing but duplicates has moved the offset.
         transaction.commit().await?;

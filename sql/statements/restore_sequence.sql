@@ -1,0 +1,1 @@
+select pgonce.restore_sequence()

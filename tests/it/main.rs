@@ -1,0 +1,20 @@
+//! Tests against a real PostgreSQL: one server a run, a database a test, in parallel, without sleeps.
+
+mod fixture;
+mod probe;
+mod programs;
+
+mod interleaving;
+
+mod cancellation;
+mod consume;
+mod dump;
+mod plans;
+mod process;
+mod produce;
+mod receive;
+mod relay;
+mod schema;
+mod tidy;
+mod topic;
+mod worker;
