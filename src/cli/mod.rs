@@ -97,7 +97,7 @@ pub fn main() -> ExitCode {
 fn report(error: &anyhow::Error) {
     eprintln!("error: {error}");
     // An error of the library says itself what its sources say.
-    let own = error.chain().position(|cause| cause.is::<Error>()).unwrap_or(usize::MAX);
+    let own = error.chain().position(<dyn std::error::Error>::is::<Error>).unwrap_or(usize::MAX);
     for cause in error.chain().skip(1).take(own) {
         eprintln!("  caused by: {cause}");
     }
