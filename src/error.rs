@@ -2,7 +2,8 @@
 //!
 //! Every failure is an [`Error`] with an [`ErrorKind`]; one match, [`ErrorKind::remedy`], says whether trying again can
 //! help, whether an operator has to act, or whether the request itself must change. Messages name the value, the limit
-//! and the way out; payloads and secrets are never in them.
+//! and the way out; payloads and secrets are
+//! in neither the messages nor the `Debug` form; [`source`](StdError::source) gives the server's own report.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -140,8 +141,8 @@ impl fmt::Debug for Error {
             .field("kind", &self.0.kind)
             .field("message", &self.0.message)
             .field("hint", &self.0.hint)
-            .field("source", &self.0.source)
-            .finish()
+            // Not the source: the server's report of an error quotes rows.
+            .finish_non_exhaustive()
     }
 }
 
@@ -205,6 +206,8 @@ fn kind_of(code: &SqlState) -> ErrorKind {
         "3F000" | "42883" => ErrorKind::SchemaMissing,
         // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, read_only_sql_transaction
         "53300" | "57P01" | "57P02" | "57P03" | "25006" => ErrorKind::Unavailable,
+        // character_not_in_repertoire, numeric_value_out_of_range, invalid_text_representation, untranslatable_character
+        "22021" | "22003" | "22P02" | "22P05" => ErrorKind::Payload,
         connection if connection.starts_with("08") => ErrorKind::Unavailable,
         _ => ErrorKind::Database,
     }

@@ -14,12 +14,15 @@ mod topic;
 mod shutdown;
 mod worker;
 
-#[cfg(feature = "cli")]
+#[cfg(all(unix, feature = "cli"))]
 pub mod cli;
 #[cfg(all(unix, feature = "embedded"))]
 pub mod embedded;
 
-pub use consume::{BatchHandler, BoxFuture, Consumed, Consumer, Handler, HandlerError};
+pub use deadpool_postgres;
+pub use tokio_postgres;
+
+pub use consume::{BatchHandler, Consumed, Consumer, Handler, HandlerError};
 pub use database::{Database, Session};
 pub use error::{Error, ErrorKind, Remedy};
 pub use message::{Message, MessageId, Offset, Partition, Received, Sent};

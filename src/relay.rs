@@ -1,6 +1,6 @@
 //! Relaying: committed messages from the outbox to the queue, in order.
 //!
-//! All that is subtle about it is in `sql/routines/relay.sql`; a step is one statement and one short transaction. Any
+//! All that is subtle about it is in `sql/routines/relay.sql`, `relay_claim.sql` and `relay_bound.sql`; a step is one statement and one short transaction. Any
 //! number of relays may run: a partition that one of them is at is passed over by the others.
 
 use tokio_postgres::types::Type;

@@ -119,6 +119,7 @@ pub async fn migrate(client: &mut Client, schema: &Schema) -> Result<Migration, 
     }
 
     let transaction = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    transaction.batch_execute(include_str!("../sql/statements/migration_settings.sql")).await?;
     transaction
         .query_typed(include_str!("../sql/statements/migration_lock.sql"), &[(&schema.name(), Type::TEXT)])
         .await?;
@@ -131,8 +132,6 @@ pub async fn migrate(client: &mut Client, schema: &Schema) -> Result<Migration, 
     } else {
         create_schema(&transaction, schema).await?;
     }
-    // Names without a schema in the texts are those of PostgreSQL itself, whatever the caller's search_path says.
-    transaction.batch_execute(include_str!("../sql/statements/migration_settings.sql")).await?;
     for migration in &MIGRATIONS[found.as_ref().map_or(0, Installed::migrations_seen)..] {
         transaction.batch_execute(&schema.sql(migration)).await?;
     }

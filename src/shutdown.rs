@@ -19,6 +19,11 @@ impl Shutdown {
         Self::default()
     }
 
+    /// One that hears what is asked here, and asks nothing of others.
+    pub(crate) fn child(&self) -> Self {
+        Self { soft: self.soft.child_token(), hard: self.hard.child_token() }
+    }
+
     /// Stops softly at the first Ctrl-C, and hard at the second.
     ///
     /// Must be called within a Tokio runtime. From then on, Ctrl-C does not end the process by itself.

@@ -105,10 +105,12 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// The first error whose remedy is not to retry.
+    /// The first error that ends a stage: an unknown topic or consumer, a schema that is missing or of another version, an
+    /// argument out of bounds, or a panic.
     pub async fn run(self, shutdown: &Shutdown) -> Result<Report, Error> {
         let moved = Arc::new(Notify::new());
-        let stop = shutdown.clone();
+        // A failure of this worker stops its own stages, not others that share the caller's wish.
+        let stop = shutdown.child();
         let mut loops = JoinSet::new();
         for relay in self.relays {
             let stage = Stage::Relay(relay, Arc::clone(&moved));
@@ -132,6 +134,7 @@ impl Worker {
                     report.applied += part.applied;
                 }
                 Err(error) => {
+                    tracing::error!(error.kind = ?error.kind(), error.hint = error.hint(), "stopping the worker: {error}");
                     stop.stop();
                     first_error.get_or_insert(error);
                 }
@@ -209,6 +212,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
                 tracing::warn!(
                     stage.name = stage.name(),
                     error.kind = ?error.kind(),
+                    error.hint = error.hint(),
                     retry.after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
                     "failed, will try again: {error}"
                 );

@@ -112,7 +112,7 @@ create table pgonce.heads (
   check (cardinality(open_xids) = cardinality(open_from)),
   check ((candidate_seq is null) = (candidate_xid is null))
 );
-comment on table pgonce.heads is 'How far each partition has been relayed. Appended by the holder of the head lock; the newest generation is in force (view partition_heads). The lower bound of the scan is explained in relay.sql.';
+comment on table pgonce.heads is 'How far each partition has been relayed. Appended by the holder of the head lock; the newest generation is in force (view partition_heads). The lower bound of the scan is explained in relay_bound.sql.';
 comment on column pgonce.heads.topic_id is 'The topic.';
 comment on column pgonce.heads.partition is 'The partition.';
 comment on column pgonce.heads.generation is 'Rises by one with each change.';

@@ -7,6 +7,9 @@ use serde::Deserialize;
 
 use crate::Consumer;
 
+/// Most loops of a consumer: each needs a connection.
+const LOOPS_MAX: usize = 64;
+
 /// The whole file. Unknown keys are refused.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -58,6 +61,9 @@ impl Config {
         let config: Self =
             toml::from_str(&text).with_context(|| format!("{} is not a configuration of pgonce", path.display()))?;
         for consumer in &config.consumers {
+            if consumer.loops.is_some_and(|loops| !(1..=LOOPS_MAX).contains(&loops)) {
+                bail!("{}: consumer {:?}: loops are 1 to {LOOPS_MAX}", path.display(), consumer.name);
+            }
             let needs_statements = matches!(consumer.kind, Kind::Sql);
             if needs_statements != consumer.statements.is_some() {
                 bail!(

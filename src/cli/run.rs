@@ -72,10 +72,10 @@ impl Run {
 
     /// The stages that the file or the command line names.
     fn stages(&self) -> anyhow::Result<Config> {
-        if let Some(path) = &self.config {
-            return Config::read(path);
-        }
-        let mut config = Config::default();
+        let mut config = match &self.config {
+            Some(path) => Config::read(path)?,
+            None => Config::default(),
+        };
         let consumed = self.word_count.iter().map(|(_, topic)| topic);
         for topic in self.relay.iter().chain(consumed) {
             if config.topics.iter().all(|known| known.name != *topic) {
@@ -92,7 +92,7 @@ impl Run {
                 loops: None,
             });
         }
-        if config.topics.is_empty() {
+        if config.topics.is_empty() && config.consumers.is_empty() {
             return Err(Usage(
                 "nothing to run: give --config FILE, --relay TOPIC or --word-count CONSUMER=TOPIC".to_owned(),
             )
@@ -114,7 +114,11 @@ async fn start_server(schema: &SchemaArg) -> anyhow::Result<PrivateServer> {
 async fn serve(url: &str, schema: &SchemaArg, config: &Config, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
     let loops: usize = config.consumers.iter().map(|consumer| consumer.loops.unwrap_or(LOOPS)).sum();
     let database = Database::connect(url, schema.schema.clone(), config.topics.len() + loops + 1)?;
-    prepare(&database, config).await?;
+    // Dropped half way it leaves nothing: each of its statements is a transaction.
+    tokio::select! {
+        prepared = prepare(&database, config) => prepared?,
+        () = shutdown.stopping() => return Ok(Outcome::Done),
+    }
     let mut worker = Worker::new(database);
     for topic in &config.topics {
         worker = worker.relay(Relay::topic(&topic.name));

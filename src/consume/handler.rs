@@ -13,8 +13,8 @@ use crate::message::Received;
 /// Why a handler failed: any error, or a text.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A future on the heap, for handlers that are closures.
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+/// A future on the heap, for effects of different kinds behind one interface.
+pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Handles one message at a time.
 ///
@@ -134,5 +134,10 @@ impl Effect for Sql {
 }
 
 fn failed(consumer: &str, error: HandlerError) -> Error {
+    // The driver's own text for what the server reports says nothing ("db error").
+    let error = match error.downcast::<tokio_postgres::Error>() {
+        Ok(error) => Box::new(Error::from(*error)),
+        Err(error) => error,
+    };
     Error::new(ErrorKind::Handler, format!("handler of consumer {consumer:?} failed: {error}")).with_source(error)
 }

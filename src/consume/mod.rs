@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind};
 use crate::message::{MessageId, Offset, Partition, Received};
 
 use handler::Effect;
-pub use handler::{BatchHandler, BoxFuture, Handler, HandlerError};
+pub use handler::{BatchHandler, Handler, HandlerError};
 
 /// Messages that a step receives at the most, where nothing else is said.
 const BATCH_MESSAGES: i32 = 1_000;

@@ -38,7 +38,7 @@ const STALL_MAX: Duration = Duration::from_secs(60);
 
 /// Count the words of texts, kill workers meanwhile, and check that nothing was lost or doubled.
 ///
-/// Starts a private PostgreSQL, which is removed at the end; nothing else is touched, and `DATABASE_URL` is not read. Exit
+/// Starts a private PostgreSQL, which is removed at the end, unless a database is given; `DATABASE_URL` is not read. Exit
 /// code 3 if a number is wrong.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  pgonce demo\n  pgonce demo --json novel.txt essays/*.txt")]
@@ -47,7 +47,7 @@ pub(super) struct Demo {
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Go through the texts again until this many words were produced.
-    #[arg(long, value_name = "N", default_value_t = 200_000, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 200_000, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     words: u64,
     /// Worker processes.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]

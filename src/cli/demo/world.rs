@@ -38,7 +38,10 @@ impl World {
         let database = Database::connect(&url, schema, CONNECTIONS)?;
         let schema = database.schema();
         let mut session = database.session().await?;
-        if migrate(&mut session, schema).await? != Migration::Created {
+        let statement = include_str!("../../../sql/statements/schema_exists.sql");
+        let is_there =
+            session.query_typed_one(statement, &[(&schema.name(), Type::TEXT)]).await?.try_get("schema_exists")?;
+        if is_there || migrate(&mut session, schema).await? != Migration::Created {
             bail!("the database has a schema {schema} already; drop it first: drop schema {schema} cascade");
         }
         session.batch_execute(&schema.sql(include_str!("../../../sql/demo/documents.sql"))).await?;
