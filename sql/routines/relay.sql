@@ -1,8 +1,9 @@
 -- Relay: how messages get from the outbox into the queue.
 --
 -- Locks, in this order: the head lock of a partition, FOR NO KEY UPDATE SKIP LOCKED; then the outbox rows that it claims
--- (relay_claim.sql). It never waits for anybody. READ COMMITTED only: the claim must see all that was committed before
--- the head lock was taken, so lock and claim are separate statements, each with a snapshot of its own.
+-- (relay_claim.sql). It waits for nobody, but for a tenth of a second at the most where a row is locked in the very moment
+-- in which it is being marked. READ COMMITTED only: the claim must see all that was committed before the head lock was
+-- taken, so lock and claim are separate statements, each with a snapshot of its own.
 -- status stands in no index, so that marking a row SENT is a HOT update.
 -- Whatever makes a row PENDING draws a new seq for it: the scan does not look below its bound (relay_bound.sql).
 
@@ -136,6 +137,7 @@ as $$
 declare
   head pgonce.heads;
   before pgonce.heads;
+  promoted integer;
   page record;
 begin
   moved := 0;
@@ -151,17 +153,23 @@ begin
   where h.topic_id = relay_partition.topic_id and h.partition = relay_partition.partition
   order by h.generation desc limit 1;
   before := head;
-  head := pgonce.checked_bound(head, drawn);
+  if drawn < head.floor then
+    -- The sequence has fallen behind, as after a logical replication that does not carry it: nothing below is certain.
+    -- That is seen only until producers have drawn past the bound, so restore_sequence is to be called before they do.
+    head := pgonce.without_bound(head);
+  end if;
 
-  perform pgonce.promote_due(topic_id, partition, max);
-  page := pgonce.claim_page(topic_id, partition, max, head);
-  if page.passed_over > 0 or page.bytes > max_bytes then
+  promoted := pgonce.promote_due(topic_id, partition, max);
+  page := pgonce.relay_page(topic_id, partition, max, max_bytes, head);
+  if page.moved is not null then
+    moved := page.moved;
+  else
     page := pgonce.claim_around(topic_id, partition, max, max_bytes, head);
+    if page.claimed > 0 then
+      moved := pgonce.publish(topic_id, partition, head.next_offset, page.tids);
+    end if;
+    blocked := page.passed_over;
   end if;
-  if page.claimed > 0 then
-    moved := pgonce.publish(topic_id, partition, head.next_offset, page.tids);
-  end if;
-  blocked := page.passed_over;
   moved_bytes := page.bytes;
 
   head := pgonce.advance_bound(head, case when is_first then drawn end, moved, page.done_up_to, page.at);
@@ -204,8 +212,9 @@ declare
   rest integer := max;
   rest_bytes bigint := max_bytes;
 begin
-  perform pgonce.require_read_committed('relay');
-  if max is null or max not between 1 and 10000 then
+  if current_setting('transaction_isolation') <> 'read committed' then
+    perform pgonce.require_read_committed('relay');
+  elsif max is null or max not between 1 and 10000 then
     raise exception using errcode = 'PO003', message = format('max of %s messages', max),
       hint = 'relay moves 1 to 10000 messages a call.';
   elsif max_bytes is null or max_bytes < 1 then

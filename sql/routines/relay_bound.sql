@@ -23,32 +23,32 @@ comment on function pgonce.has_ended is 'Internal: whether a transaction that wa
 
 create or replace function pgonce.scan_from(scanned bigint, open_xids xid8[], open_from bigint[], at pg_snapshot)
 returns bigint
-language sql immutable parallel safe
-return case
-  when open_xids = '{}' then scanned
-  else least(scanned, (
-    select min(o.start) from unnest(open_xids, open_from) o(xid, start) where pgonce.has_ended(o.xid, at)))
-end;
+language plpgsql immutable parallel safe
+-- In plpgsql, which keeps its plans for the session: a function in SQL that is not inlined is planned at each call.
+as $$
+begin
+  return case
+    when open_xids = '{}' then scanned
+    else least(scanned, (
+      select min(o.start) from unnest(open_xids, open_from) o(xid, start) where pgonce.has_ended(o.xid, at)))
+  end;
+end $$;
 comment on function pgonce.scan_from is 'Internal: the bound at or below which nothing PENDING is to be found in a snapshot.';
 
-create or replace function pgonce.checked_bound(head pgonce.heads, drawn bigint)
+create or replace function pgonce.without_bound(head pgonce.heads)
 returns pgonce.heads
 language plpgsql immutable
 as $$
 begin
-  if drawn < head.floor then
-    -- The sequence has fallen behind, as after a logical replication that does not carry it: nothing below is certain.
-    -- That is seen only until producers have drawn past the bound, so restore_sequence is to be called before they do.
-    head.scanned := 0;
-    head.floor := 0;
-    head.open_xids := '{}';
-    head.open_from := '{}';
-    head.candidate_seq := null;
-    head.candidate_xid := null;
-  end if;
+  head.scanned := 0;
+  head.floor := 0;
+  head.open_xids := '{}';
+  head.open_from := '{}';
+  head.candidate_seq := null;
+  head.candidate_xid := null;
   return head;
 end $$;
-comment on function pgonce.checked_bound is 'Internal: the head with its bound, or with none where the sequence is below it.';
+comment on function pgonce.without_bound is 'Internal: the head with no bound, so that the outbox is scanned from its start.';
 
 create or replace function pgonce.advance_bound(
   head pgonce.heads, drawn bigint, moved bigint, done_up_to bigint, at pg_snapshot)

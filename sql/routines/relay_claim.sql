@@ -1,7 +1,14 @@
 -- The relay's claim: which PENDING rows of a partition go next. Called with the head lock.
 --
--- Locks: the outbox rows that it claims, FOR NO KEY UPDATE SKIP LOCKED, as strong as marking them SENT needs. Without
--- these locks an old snapshot could claim a row again.
+-- Mostly nobody else has touched them. Then one statement does it all (relay_page): the UPDATE that marks them SENT is
+-- the claim, and what it returns goes into the queue. It takes a row's lock as it comes to it and looks at its status
+-- again in the newest version, which makes an old snapshot harmless and a message that was cancelled meanwhile stay
+-- cancelled. A row that was touched shows it by its xmax; where there is one, rows are claimed with SKIP LOCKED and
+-- published by a second statement (claim_around).
+--
+-- Locks: the outbox rows that it claims. relay_page waits for a lock only where it was taken between its look at the page
+-- and its UPDATE, and for a tenth of a second at the most; claim_around, FOR NO KEY UPDATE SKIP LOCKED, as strong as
+-- marking them SENT needs, never waits. docs/adr/0003 says why there are two.
 -- Index: outbox_in_order (topic_id, partition, seq), from the lower bound (relay_bound.sql).
 --
 -- Order of a key. SKIP LOCKED passes over rows that somebody else holds (an operator, an ORM, a foreign key). Such a row
@@ -9,40 +16,60 @@
 -- in one snapshot, from the lower bound: a second page under a newer snapshot could show a later message of a key
 -- whose first message has just become visible behind it.
 
-create or replace function pgonce.claim_page(
-  topic_id integer, partition integer, max integer, head pgonce.heads,
-  out tids tid[], out claimed bigint, out bytes bigint, out passed_over bigint, out done_up_to bigint, out at pg_snapshot)
+create or replace function pgonce.relay_page(
+  topic_id integer, partition integer, max integer, max_bytes bigint, head pgonce.heads,
+  out moved bigint, out bytes bigint, out done_up_to bigint, out at pg_snapshot)
 language plpgsql volatile
+set lock_timeout = '100ms'
 as $$
 #variable_conflict use_column
 begin
   with bound as materialized (
     select pgonce.scan_from(head.scanned, head.open_xids, head.open_from, pg_current_snapshot()) as low
   ),
-  claimed as materialized (
-    select array_agg(c.tid) as tids, count(*) as n, coalesce(sum(c.bytes), 0) as bytes,
-           -- Where the limit was not reached, the scan has seen everything.
-           case when count(*) < claim_page.max then 9223372036854775807 else max(c.seq) end as top
+  page as materialized (
+    select count(*) as n, max(p.seq) as last_seq, sum(p.bytes) as bytes,
+           not bool_or(p.is_touched) and sum(p.bytes) <= relay_page.max_bytes as is_free
     from (
-      select o.ctid as tid, o.seq, o.bytes
+      select o.seq, o.bytes, o.xmax <> '0' as is_touched
       from pgonce.outbox o
-      where o.topic_id = claim_page.topic_id and o.partition = claim_page.partition
+      where o.topic_id = relay_page.topic_id and o.partition = relay_page.partition
         and o.seq > (select b.low from bound b) and o.status = 'PENDING'
       order by o.seq
-      limit claim_page.max
-      for no key update skip locked) c
+      limit relay_page.max) p
   ),
-  pending as materialized (
-    select count(*) as n
-    from pgonce.outbox o
-    where o.topic_id = claim_page.topic_id and o.partition = claim_page.partition
-      and o.seq > (select b.low from bound b) and o.seq <= (select c.top from claimed c) and o.status = 'PENDING'
+  marked as (
+    update pgonce.outbox o set status = 'SENT'
+    where o.topic_id = relay_page.topic_id and o.partition = relay_page.partition
+      and o.seq > (select b.low from bound b) and o.seq <= (select p.last_seq from page p where p.is_free)
+      and o.status = 'PENDING'
+    returning o.*
+  ),
+  published as (
+    insert into pgonce.queue ("offset", enqueued_at, topic_id, partition, bytes, message_id, key, payload, headers)
+    select head.next_offset - 1 + row_number() over (order by m.seq), m.enqueued_at, m.topic_id, m.partition, m.bytes,
+           m.message_id, m.key, m.payload, m.headers
+    from marked m
   )
-  select c.tids, c.n, c.bytes, p.n - c.n, c.top, pg_current_snapshot()
-  into strict tids, claimed, bytes, passed_over, done_up_to, at
-  from claimed c, pending p;
+  select case when p.n = 0 or p.is_free then 0 end, coalesce(p.bytes, 0),
+         -- Where the limit was not reached, the scan has seen everything.
+         case when p.n < relay_page.max then 9223372036854775807 else p.last_seq end,
+         pg_current_snapshot()
+  into strict moved, bytes, done_up_to, at
+  from page p;
+  if moved = 0 then
+    -- The end of the queue tells how many they were; to count them as they are inserted costs a twentieth of the rate.
+    select q."offset" - head.next_offset + 1 into moved
+    from pgonce.queue q
+    where q.topic_id = relay_page.topic_id and q.partition = relay_page.partition and q."offset" >= head.next_offset
+    order by q."offset" desc
+    limit 1;
+    moved := coalesce(moved, 0);
+  end if;
+exception when lock_not_available or unique_violation then
+  moved := null;
 end $$;
-comment on function pgonce.claim_page is 'Internal: claims the next PENDING rows of a partition, and counts those among them that it had to pass over. Where there are any, claim_around decides what may go.';
+comment on function pgonce.relay_page is 'Internal: marks the next PENDING rows of a partition SENT and appends them to the queue, in one statement. moved is null, and nothing done, where another session has touched one of them, where they are more than max_bytes, or where the queue holds one already: claim_around and publish take those rows from there.';
 
 create or replace function pgonce.claim_around(
   topic_id integer, partition integer, max integer, max_bytes bigint, head pgonce.heads,

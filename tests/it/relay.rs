@@ -4,7 +4,7 @@ use pgonce::{Consumer, Error, ErrorKind, Producer, Relay};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
-use crate::probe::{create, drain, number, numbered, sqlstate, texts, word};
+use crate::probe::{WAIT_MAX, create, drain, eventually, number, numbered, sqlstate, texts, word};
 
 const TOPIC: &str = "t";
 const QUEUED: &str = r#"select message_id || ' at ' || "offset" from pgonce.queue order by partition, "offset""#;
@@ -99,6 +99,72 @@ async fn a_locked_message_keeps_back_its_key_and_no_other() {
     let hot = r#"select message_id from pgonce.queue where key = 'hot' order by "offset""#;
     let expected: Vec<String> = (0..10).map(|nth| format!("m{}", nth * 3)).collect();
     assert_eq!(texts(&client, hot).await, expected);
+}
+
+/// Holds the relay at the first row that it marks until [`let_go`], so that something can happen to the rows behind it.
+const HOLD: &str = "
+    create function public.hold() returns trigger language plpgsql as $$
+    begin
+      perform pg_try_advisory_lock_shared(1);
+      loop
+        exit when exists (select from pg_locks where locktype = 'advisory' and objid = 2
+                          and database = (select oid from pg_database where datname = current_database()));
+        perform pg_sleep(0.001);
+      end loop;
+      return new;
+    end $$;
+    create trigger hold before update on pgonce.outbox for each row when (old.message_id = 'm0') execute function public.hold()";
+
+/// Waits until a relay is held.
+async fn until_held(client: &Client) {
+    eventually("the relay is at its first row", async || {
+        let held = "select count(*) from pg_locks where locktype = 'advisory' and objid = 1
+                    and database = (select oid from pg_database where datname = current_database())";
+        (number(client, held).await > 0).then_some(())
+    })
+    .await;
+}
+
+async fn let_go(client: &Client) {
+    client.batch_execute("select pg_advisory_lock_shared(2)").await.expect("let go");
+}
+
+#[tokio::test]
+async fn a_row_that_is_locked_while_it_is_being_marked_holds_up_nothing_but_its_key() {
+    let (database, client) = sent(5, 1, &["a", "b", "c"]).await;
+    client.batch_execute(HOLD).await.expect("created");
+    let pool = database.database(1);
+    let relay = tokio::spawn(async move { Relay::topic(TOPIC).step(&pool).await });
+    until_held(&client).await;
+    let mut other = database.connect().await;
+    let holder = other.transaction().await.expect("begun");
+    holder.batch_execute("select from pgonce.outbox where message_id = 'm1' for share").await.expect("locked");
+    let_go(&client).await;
+
+    let step = tokio::time::timeout(WAIT_MAX, relay).await.expect("it does not wait for the lock").expect("it ran");
+    let step = step.expect("relayed");
+    assert_eq!((step.moved, step.blocked), (3, 2));
+    assert_eq!(texts(&client, QUEUED).await, ["m0 at 1", "m2 at 2", "m3 at 3"]);
+    holder.rollback().await.expect("let go");
+    assert_eq!(relayed(&client, "'t'").await, 2);
+    assert_eq!(texts(&client, QUEUED).await, ["m0 at 1", "m2 at 2", "m3 at 3", "m1 at 4", "m4 at 5"]);
+}
+
+#[tokio::test]
+async fn a_message_that_is_cancelled_while_its_batch_is_being_marked_is_not_sent() {
+    let (database, client) = sent(5, 1, &["a"]).await;
+    client.batch_execute(HOLD).await.expect("created");
+    let pool = database.database(1);
+    let relay = tokio::spawn(async move { Relay::topic(TOPIC).step(&pool).await });
+    until_held(&client).await;
+    assert_eq!(texts(&client, "select was_cancelled::text from pgonce.cancel('t', 'm2')").await, ["true"]);
+    let_go(&client).await;
+
+    assert_eq!(relay.await.expect("it ran").expect("relayed").moved, 4);
+    assert_eq!(texts(&client, QUEUED).await, ["m0 at 1", "m1 at 2", "m3 at 3", "m4 at 4"]);
+    Producer::new(TOPIC).send(&client, &word("next").id("next")).await.expect("sent");
+    assert_eq!(relayed(&client, "'t'").await, 1);
+    assert_eq!(number(&client, r#"select max("offset") from pgonce.queue"#).await, 5);
 }
 
 #[tokio::test]
