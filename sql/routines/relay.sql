@@ -1,9 +1,9 @@
 -- Relay: how messages get from the outbox into the queue.
 --
 -- Locks, in this order: the head lock of a partition, FOR NO KEY UPDATE SKIP LOCKED; then the outbox rows that it claims
--- (relay_claim.sql). It waits for nobody, but for a tenth of a second at the most where a row is locked in the very moment
--- in which it is being marked. READ COMMITTED only: the claim must see all that was committed before the head lock was
--- taken, so lock and claim are separate statements, each with a snapshot of its own.
+-- (relay_claim.sql). It waits for no row, but for an instant where one is locked in the very moment in which it is being
+-- marked. READ COMMITTED only: the claim must see all that was committed before the head lock was taken, so lock and claim
+-- are separate statements, each with a snapshot of its own.
 -- status stands in no index, so that marking a row SENT is a HOT update.
 -- Whatever makes a row PENDING draws a new seq for it: the scan does not look below its bound (relay_bound.sql).
 
@@ -153,8 +153,9 @@ begin
   where h.topic_id = relay_partition.topic_id and h.partition = relay_partition.partition
   order by h.generation desc limit 1;
   before := head;
-  if drawn < head.floor then
-    -- The sequence has fallen behind, as after a logical replication that does not carry it: nothing below is certain.
+  if drawn < head.floor and pgonce.last_drawn() < head.floor then
+    -- Not only has another relay come further since drawn was read: the sequence has fallen behind, as after a logical
+    -- replication that does not carry it, and nothing below is certain.
     -- That is seen only until producers have drawn past the bound, so restore_sequence is to be called before they do.
     head := pgonce.without_bound(head);
   end if;
@@ -228,7 +229,7 @@ begin
       hint = format('It has partitions 0 to %s.', (pgonce.topic_row(topic)).partitions - 1);
   end if;
   is_first := pg_current_xact_id_if_assigned() is null;
-  select case when s.is_called then s.last_value else s.last_value - 1 end into strict drawn from pgonce.outbox_seq s;
+  drawn := pgonce.last_drawn();
 
   for target in
     select t.topic_id, t.topic, p.partition

@@ -14,6 +14,15 @@
 -- behind keeps the bound below it. Which bound holds is decided by the snapshot of the claiming statement itself: if it
 -- can see a later message of a key, it also sees that the transaction before it has ended.
 
+create or replace function pgonce.last_drawn()
+returns bigint
+language plpgsql volatile
+as $$
+begin
+  return (select case when s.is_called then s.last_value else s.last_value - 1 end from pgonce.outbox_seq s);
+end $$;
+comment on function pgonce.last_drawn is 'Internal: the last number that was drawn for an outbox row, by whatever transaction.';
+
 create or replace function pgonce.has_ended(xid xid8, at pg_snapshot)
 returns boolean
 language sql immutable parallel safe

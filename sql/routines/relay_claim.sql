@@ -3,12 +3,12 @@
 -- Mostly nobody else has touched them. Then one statement does it all (relay_page): the UPDATE that marks them SENT is
 -- the claim, and what it returns goes into the queue. It takes a row's lock as it comes to it and looks at its status
 -- again in the newest version, which makes an old snapshot harmless and a message that was cancelled meanwhile stay
--- cancelled. A row that was touched shows it by its xmax; where there is one, rows are claimed with SKIP LOCKED and
--- published by a second statement (claim_around).
+-- cancelled. A row that was touched shows it by its xmax, at the look at the page and again as the UPDATE comes to it;
+-- where there is one, rows are claimed with SKIP LOCKED and published by a second statement (claim_around).
 --
--- Locks: the outbox rows that it claims. relay_page waits for a lock only where it was taken between its look at the page
--- and its UPDATE, and for a tenth of a second at the most; claim_around, FOR NO KEY UPDATE SKIP LOCKED, as strong as
--- marking them SENT needs, never waits. docs/adr/0003 says why there are two.
+-- Locks: the outbox rows that it claims. relay_page waits for a row's lock only where that was taken in the instant between
+-- the look at its xmax and the UPDATE's own lock, and for 10 ms at the most; claim_around, FOR NO KEY UPDATE SKIP LOCKED,
+-- as strong as marking them SENT needs, never waits. docs/adr/0003 says why there are two.
 -- Index: outbox_in_order (topic_id, partition, seq), from the lower bound (relay_bound.sql).
 --
 -- Order of a key. SKIP LOCKED passes over rows that somebody else holds (an operator, an ORM, a foreign key). Such a row
@@ -16,11 +16,20 @@
 -- in one snapshot, from the lower bound: a second page under a newer snapshot could show a later message of a key
 -- whose first message has just become visible behind it.
 
+create or replace function pgonce.refuse_touched()
+returns boolean
+language plpgsql volatile
+as $$
+begin
+  raise exception using errcode = 'lock_not_available', message = 'another session has touched a row of the page';
+end $$;
+comment on function pgonce.refuse_touched is 'Internal: ends relay_page at a row that another session touched after the look at the page. Raises, because a row that is only left out would be overtaken by the next of its key.';
+
 create or replace function pgonce.relay_page(
   topic_id integer, partition integer, max integer, max_bytes bigint, head pgonce.heads,
   out moved bigint, out bytes bigint, out done_up_to bigint, out at pg_snapshot)
 language plpgsql volatile
-set lock_timeout = '100ms'
+set lock_timeout = '10ms'
 as $$
 #variable_conflict use_column
 begin
@@ -42,7 +51,7 @@ begin
     update pgonce.outbox o set status = 'SENT'
     where o.topic_id = relay_page.topic_id and o.partition = relay_page.partition
       and o.seq > (select b.low from bound b) and o.seq <= (select p.last_seq from page p where p.is_free)
-      and o.status = 'PENDING'
+      and case when o.status <> 'PENDING' then false when o.xmax = '0' then true else pgonce.refuse_touched() end
     returning o.*
   ),
   published as (
@@ -66,7 +75,7 @@ begin
     limit 1;
     moved := coalesce(moved, 0);
   end if;
-exception when lock_not_available or unique_violation then
+exception when lock_not_available or deadlock_detected or unique_violation then
   moved := null;
 end $$;
 comment on function pgonce.relay_page is 'Internal: marks the next PENDING rows of a partition SENT and appends them to the queue, in one statement. moved is null, and nothing done, where another session has touched one of them, where they are more than max_bytes, or where the queue holds one already: claim_around and publish take those rows from there.';

@@ -130,9 +130,11 @@ async fn let_go(client: &Client) {
 }
 
 #[tokio::test]
-async fn a_row_that_is_locked_while_it_is_being_marked_holds_up_nothing_but_its_key() {
+async fn a_row_that_is_locked_after_the_look_at_the_page_is_not_waited_for() {
     let (database, client) = sent(5, 1, &["a", "b", "c"]).await;
     client.batch_execute(HOLD).await.expect("created");
+    // Without the timeout for the instant that is left, it must get along by itself.
+    client.batch_execute("alter function pgonce.relay_page set lock_timeout = 0").await.expect("altered");
     let pool = database.database(1);
     let relay = tokio::spawn(async move { Relay::topic(TOPIC).step(&pool).await });
     until_held(&client).await;
@@ -165,6 +167,19 @@ async fn a_message_that_is_cancelled_while_its_batch_is_being_marked_is_not_sent
     Producer::new(TOPIC).send(&client, &word("next").id("next")).await.expect("sent");
     assert_eq!(relayed(&client, "'t'").await, 1);
     assert_eq!(number(&client, r#"select max("offset") from pgonce.queue"#).await, 5);
+}
+
+#[tokio::test]
+async fn a_relay_that_comes_after_a_quicker_one_keeps_its_bound() {
+    let (_database, client) = sent(3, 1, &[]).await;
+    for _ in 0..2 {
+        relayed(&client, "'t'").await;
+    }
+    let bound = "select scanned from pgonce.partition_heads";
+    assert_eq!(number(&client, bound).await, 3);
+    let late = "select from pgonce.relay_partition((select topic_id from pgonce.topics), 0, 1000, 8388608, 1, false)";
+    client.batch_execute(late).await.expect("relayed");
+    assert_eq!(number(&client, bound).await, 3);
 }
 
 #[tokio::test]
