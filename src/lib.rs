@@ -12,6 +12,7 @@ mod relay;
 mod topic;
 
 mod shutdown;
+mod watch;
 mod worker;
 
 #[cfg(all(unix, feature = "cli"))]

@@ -40,6 +40,12 @@ impl Relay {
         Self { topic: None, batch_messages: BATCH_MESSAGES }
     }
 
+    /// The topic that it relays; none where it relays all.
+    #[must_use]
+    pub fn topic_name(&self) -> Option<&str> {
+        self.topic.as_deref()
+    }
+
     /// Moves up to this many messages in a step, 1 to 10,000; 1,000 where nothing is said.
     #[must_use]
     pub fn batch_messages(mut self, messages: i32) -> Self {

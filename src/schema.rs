@@ -28,6 +28,7 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/consumer.sql"),
     include_str!("../sql/routines/receive.sql"),
     include_str!("../sql/routines/inbox.sql"),
+    include_str!("../sql/routines/watch.sql"),
 ];
 
 /// The version of the tables that this program works with.

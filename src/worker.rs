@@ -1,8 +1,9 @@
 //! The worker: relays and consumers wired into one process, and stopped together.
 //!
 //! Each stage is a bounded `step` and the same loop around it: step while there is work, wait a little where there is
-//! none, wait longer where the database cannot be reached. Consumers are woken when a relay of this process has moved
-//! something; a wake-up that gets lost costs one pause, since polling alone suffices.
+//! none, wait longer where the database cannot be reached. A stage that found nothing a few times sleeps until its bell
+//! rings; one watch for all stages looks for work (`watch.rs`). Consumers are also woken when a relay of this process has
+//! moved something. A wake-up that gets lost costs a moment, since looking alone suffices.
 //!
 //! Deliberately absent: state. What is done and what is not stands in the database, so a worker may die at any moment
 //! and another takes over where its last commit left off.
@@ -19,15 +20,20 @@ use crate::database::Database;
 use crate::error::{Error, ErrorKind, Remedy};
 use crate::relay::Relay;
 use crate::shutdown::Shutdown;
+use crate::watch::{Bells, Watch};
 
 /// Shortest pause of a stage that found nothing to do; it doubles with each empty step.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
-/// Longest such pause.
-const PAUSE_MAX: Duration = Duration::from_millis(100);
+/// Longest such pause. A stage that finds nothing after it sleeps.
+const PAUSE_MAX: Duration = Duration::from_millis(40);
+/// How long a stage sleeps at the most, should its bell not ring.
+const SLEEP_MAX: Duration = Duration::from_secs(10);
 /// First wait after a failure; it doubles, with jitter, up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest wait after a failure.
 const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Connections of the watch: one to look, one to listen.
+const WATCH_CONNECTIONS: usize = 2;
 /// Loops that each consumer gets, where nothing else is said.
 const LOOPS_PER_CONSUMER: usize = 2;
 
@@ -91,10 +97,10 @@ impl Worker {
         self
     }
 
-    /// Connections that it uses at the same time.
+    /// Connections that it uses at the same time: one a relay, one a loop of a consumer, and two to hear of new messages.
     #[must_use]
     pub fn connections(&self) -> usize {
-        self.relays.len() + self.consumers.iter().map(|(_, loops)| loops).sum::<usize>()
+        self.relays.len() + self.consumers.iter().map(|(_, loops)| loops).sum::<usize>() + WATCH_CONNECTIONS
     }
 
     /// Runs all stages until `shutdown` asks to stop, or one of them fails in a way that time does not mend (an unknown
@@ -108,19 +114,36 @@ impl Worker {
     /// The first error that ends a stage: an unknown topic or consumer, a schema that is missing or of another version, an
     /// argument out of bounds, or a panic.
     pub async fn run(self, shutdown: &Shutdown) -> Result<Report, Error> {
-        let moved = Arc::new(Notify::new());
         // A failure of this worker stops its own stages, not others that share the caller's wish.
         let stop = shutdown.child();
-        let mut loops = JoinSet::new();
+        let mut bells = Bells::default();
+        let mut stages = Vec::new();
         for relay in self.relays {
-            let stage = Stage::Relay(relay, Arc::clone(&moved));
-            loops.spawn(run_loop(stage, self.database.clone(), stop.clone()));
+            let bell = bells.for_relay(relay.topic_name());
+            let database = self.database.for_stage("relay", 1)?;
+            stages.push((Work::Relay(relay), bell, database));
         }
-        for (consumer, count) in self.consumers {
-            for _ in 0..count {
-                let stage = Stage::Consumer(Arc::clone(&consumer), Arc::clone(&moved));
-                loops.spawn(run_loop(stage, self.database.clone(), stop.clone()));
+        for (consumer, loops) in self.consumers {
+            let bell = bells.for_consumer(consumer.name());
+            let database = self.database.for_stage(consumer.name(), loops)?;
+            for _ in 0..loops {
+                stages.push((Work::Consumer(Arc::clone(&consumer)), Arc::clone(&bell), database.clone()));
             }
+        }
+        let bells = Arc::new(bells);
+        let mut loops = JoinSet::new();
+        if !stages.is_empty() {
+            let database = self.database.for_stage("watch", 1)?;
+            let watch = Watch::new(Arc::clone(&bells));
+            let listening = watch.listen(database.clone(), stop.clone());
+            loops.spawn(async move {
+                listening.await;
+                Ok(Report::default())
+            });
+            loops.spawn(watch_loop(watch, database, stop.clone()));
+        }
+        for (work, bell, database) in stages {
+            loops.spawn(run_loop(Stage { work, bell, bells: Arc::clone(&bells) }, database, stop.clone()));
         }
         let mut report = Report::default();
         let mut first_error = None;
@@ -144,58 +167,56 @@ impl Worker {
     }
 }
 
-/// One loop's stage, and the bell by which relays wake consumers.
-enum Stage {
-    Relay(Relay, Arc<Notify>),
-    Consumer(Arc<Consumer>, Arc<Notify>),
+/// What a loop does.
+enum Work {
+    Relay(Relay),
+    Consumer(Arc<Consumer>),
+}
+
+/// One loop's work, the bell that wakes it, and those that it may ring.
+struct Stage {
+    work: Work,
+    bell: Arc<Notify>,
+    bells: Arc<Bells>,
 }
 
 impl Stage {
     fn name(&self) -> &str {
-        match self {
-            Self::Relay(..) => "relay",
-            Self::Consumer(consumer, _) => consumer.name(),
-        }
-    }
-
-    fn bell(&self) -> &Notify {
-        match self {
-            Self::Relay(_, bell) | Self::Consumer(_, bell) => bell,
+        match &self.work {
+            Work::Relay(_) => "relay",
+            Work::Consumer(consumer) => consumer.name(),
         }
     }
 
     /// One step; answers what it did, or nothing where there was nothing to do.
     async fn step(&self, database: &Database) -> Result<Report, Error> {
-        match self {
-            Self::Relay(relay, bell) => {
+        match &self.work {
+            Work::Relay(relay) => {
                 let relayed = relay.step(database).await?;
                 if relayed.moved > 0 {
-                    bell.notify_waiters();
+                    self.bells.ring_consumers();
                 }
                 Ok(Report { moved: relayed.moved, applied: 0 })
             }
-            Self::Consumer(consumer, _) => Ok(Report { moved: 0, applied: consumer.step(database).await?.applied }),
+            Work::Consumer(consumer) => Ok(Report { moved: 0, applied: consumer.step(database).await?.applied }),
         }
     }
 }
 
 async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Result<Report, Error> {
-    let retries =
-        ExponentialBuilder::new().with_min_delay(RETRY_MIN).with_max_delay(RETRY_MAX).with_jitter().without_max_times();
     let mut done = Report::default();
     let mut pause = PAUSE_MIN;
-    let mut retry = None;
+    let mut failures = Failures::default();
+    let mut awake = Some(stage.bells.awake());
     while !shutdown.is_stopping() {
-        // Registered before looking, so that what is moved between the look and the wait still wakes.
-        let rung = stage.bell().notified();
+        // Registered before looking, so that what comes between the look and the wait still wakes.
+        let rung = stage.bell.notified();
         let Some(outcome) = shutdown.or_aborted(stage.step(&database)).await else {
             break;
         };
         let wait = match outcome {
             Ok(step) => {
-                if retry.take().is_some() {
-                    tracing::info!(stage.name = stage.name(), "works again");
-                }
+                failures.end(stage.name());
                 done.moved += step.moved;
                 done.applied += step.applied;
                 if step != Report::default() {
@@ -203,31 +224,88 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
                     continue;
                 }
                 let wait = pause;
-                pause = (pause * 2).min(PAUSE_MAX);
+                pause = if pause < PAUSE_MAX { (pause * 2).min(PAUSE_MAX) } else { SLEEP_MAX };
                 wait
             }
-            Err(error) if mends_by_itself(&error) => {
-                let delays = retry.get_or_insert_with(|| retries.build());
-                let wait = delays.next().unwrap_or(RETRY_MAX).min(RETRY_MAX);
-                tracing::warn!(
-                    stage.name = stage.name(),
-                    error.kind = ?error.kind(),
-                    error.hint = error.hint(),
-                    retry.after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
-                    "failed, will try again: {error}"
-                );
-                wait
-            }
-            Err(error) => return Err(error),
+            Err(error) => failures.add(stage.name(), error)?,
         };
+        if wait > PAUSE_MAX {
+            awake = None;
+        }
         // Each arm may be dropped: none has taken anything up.
         tokio::select! {
             () = shutdown.stopping() => {}
-            () = rung, if retry.is_none() && matches!(stage, Stage::Consumer(..)) => {}
+            () = rung, if !failures.are_going_on() => pause = PAUSE_MIN,
             () = tokio::time::sleep(wait) => {}
         }
+        awake.get_or_insert_with(|| stage.bells.awake());
     }
     Ok(done)
+}
+
+/// Looks for work, for all stages, until it is asked to stop.
+async fn watch_loop(watch: Watch, database: Database, shutdown: Shutdown) -> Result<Report, Error> {
+    let mut failures = Failures::default();
+    while !shutdown.is_stopping() {
+        let wait = match shutdown.or_aborted(watch.step(&database)).await {
+            None => break,
+            Some(Ok(())) => {
+                failures.end("watch");
+                None
+            }
+            Some(Err(error)) => Some(failures.add("watch", error)?),
+        };
+        // Each arm may be dropped: all of them only wait.
+        tokio::select! {
+            () = shutdown.stopping() => {}
+            () = watch.pause(), if wait.is_none() => {}
+            () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => {}
+        }
+    }
+    Ok(Report::default())
+}
+
+/// The failures of a loop since it last worked, and how long to wait after each.
+#[derive(Default)]
+struct Failures {
+    delays: Option<backon::ExponentialBackoff>,
+}
+
+impl Failures {
+    fn are_going_on(&self) -> bool {
+        self.delays.is_some()
+    }
+
+    /// It has worked.
+    fn end(&mut self, stage: &str) {
+        if self.delays.take().is_some() {
+            tracing::info!(stage.name = stage, "works again");
+        }
+    }
+
+    /// It has failed: answers how long to wait, or the error where time does not mend it.
+    fn add(&mut self, stage: &str, error: Error) -> Result<Duration, Error> {
+        if !mends_by_itself(&error) {
+            return Err(error);
+        }
+        let delays = self.delays.get_or_insert_with(|| {
+            ExponentialBuilder::new()
+                .with_min_delay(RETRY_MIN)
+                .with_max_delay(RETRY_MAX)
+                .with_jitter()
+                .without_max_times()
+                .build()
+        });
+        let wait = delays.next().unwrap_or(RETRY_MAX).min(RETRY_MAX);
+        tracing::warn!(
+            stage.name = stage,
+            error.kind = ?error.kind(),
+            error.hint = error.hint(),
+            retry.after_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+            "failed, will try again: {error}"
+        );
+        Ok(wait)
+    }
 }
 
 /// Whether a stage goes on after an error. A payload that does not fit the handler or an error that the database reports

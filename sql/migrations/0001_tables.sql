@@ -51,6 +51,9 @@ comment on column pgonce.partitions.partition is 'Number of the partition, from 
 create sequence pgonce.outbox_seq cache 1;
 comment on sequence pgonce.outbox_seq is 'Order of the outbox. CACHE must stay 1: the relay needs numbers to be drawn in the order in which they are given.';
 
+create sequence pgonce.watched_until minvalue 0 start 0 cache 1;
+comment on sequence pgonce.watched_until is 'Until when, in milliseconds since 1970, a program that sleeps wants to be notified of new messages. A sequence, because it is shared by all at once and leaves no dead rows. It decides who wakes up when, and nothing else.';
+
 create table pgonce.outbox (
   seq bigint not null
     default nextval(case when pg_current_xact_id() is not null then 'pgonce.outbox_seq'::regclass end),
@@ -265,5 +268,7 @@ create type pgonce.cancelled as (message_id text, was_cancelled boolean);
 comment on type pgonce.cancelled is 'What cancel answers.';
 create type pgonce.relayed as (topic text, partition integer, moved integer, blocked integer);
 comment on type pgonce.relayed is 'What relay did in a partition: messages moved to the queue, and messages that wait because another session holds a lock on them or on an earlier one of their key.';
+create type pgonce.due as (stage text, name text);
+comment on type pgonce.due is 'What watch answers: a stage (relay, consumer) and the name of its topic or consumer.';
 create type pgonce.processed as (message_id text, was_duplicate boolean);
 comment on type pgonce.processed is 'What process_once answers.';

@@ -129,6 +129,8 @@ begin
   answer.was_duplicate := not found;
   if answer.was_duplicate then
     insert into pgonce.duplicate_sends (topic_id, message_id) values (target.topic_id, answer.message_id);
+  elsif pgonce.is_watched() then
+    perform pg_notify('pgonce.watch', '');
   end if;
   return next answer;
 end $$;
@@ -198,6 +200,9 @@ begin
     select g.nth::integer, g.message_id, g.seq not in (select i.seq from inserted i)
     from given g
     order by g.nth;
+  if pgonce.is_watched() then
+    perform pg_notify('pgonce.watch', '');
+  end if;
 end $$;
 comment on function pgonce.enqueue_many is 'Puts up to 10000 messages into the outbox in one statement: relayed in the order of the arrays, answered in that order. Arrays are null or have one element for each payload. Errors: PO001, PO003, PO004.';
 

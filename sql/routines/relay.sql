@@ -250,5 +250,8 @@ begin
     rest_bytes := rest_bytes - done.moved_bytes;
     exit when rest <= 0 or rest_bytes <= 0;
   end loop;
+  if rest < max then
+    perform pgonce.end_watch();
+  end if;
 end $$;
 comment on function pgonce.relay is 'Moves up to max messages (and about max_bytes, at least one message) from the outbox to the queue, over all topics and partitions that are free, or over those named; delayed messages that are due come along. Answers a row for each partition in which it moved something or found something blocked. Errors: PO001, PO003, PO010 (READ COMMITTED only).';

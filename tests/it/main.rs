@@ -17,4 +17,5 @@ mod relay;
 mod schema;
 mod tidy;
 mod topic;
+mod watch;
 mod worker;

@@ -17,6 +17,7 @@ const FLOORS: &[&[&str]] = &[
     &["database"],
     &["produce", "relay", "consume", "topic"],
     &["shutdown"],
+    &["watch"],
     &["worker"],
     &["embedded"],
     &["cli"],

@@ -1,0 +1,1 @@
+select stage, name from pgonce.watch($1, $2, $3)
