@@ -170,6 +170,11 @@ impl From<tokio_postgres::Error> for Error {
         let kind = kind_of(reported.code());
         let hint = match kind {
             ErrorKind::SchemaMissing => Some("Install the schema of pgonce first: pgonce init.".to_owned()),
+            ErrorKind::Unavailable if *reported.code() == SqlState::READ_ONLY_SQL_TRANSACTION => Some(
+                "The server is read-only, as a replica is: connect to the primary, or name all hosts and add \
+                 target_session_attrs=read-write."
+                    .to_owned(),
+            ),
             _ => reported.hint().map(str::to_owned),
         };
         let mut converted = Self::new(kind, reported.message().to_owned()).with_source(error);

@@ -29,6 +29,7 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/receive.sql"),
     include_str!("../sql/routines/inbox.sql"),
     include_str!("../sql/routines/watch.sql"),
+    include_str!("../sql/routines/purge.sql"),
 ];
 
 /// The version of the tables that this program works with.
@@ -52,11 +53,12 @@ impl Schema {
         let name = name.into();
         let starts_well = name.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_');
         let is_plain = name.chars().all(|next| next.is_ascii_alphanumeric() || next == '_');
-        if starts_well && is_plain && name.len() <= NAME_BYTES_MAX && !name.starts_with("pg_") {
+        let is_taken = name.starts_with("pg_") || name == "information_schema";
+        if starts_well && is_plain && name.len() <= NAME_BYTES_MAX && !is_taken {
             return Ok(Self(name));
         }
         Err(Error::new(ErrorKind::Invalid, format!("schema name {name:?}")).with_hint(format!(
-            "A schema name has 1 to {NAME_BYTES_MAX} letters, digits and underscores, and starts with neither a digit nor pg_."
+            "A schema name has 1 to {NAME_BYTES_MAX} letters, digits and underscores, starts with neither a digit nor pg_, and is not PostgreSQL's information_schema."
         )))
     }
 
@@ -254,7 +256,18 @@ mod tests {
         for name in ["pgonce", "Events", "_x9", &"a".repeat(NAME_BYTES_MAX)] {
             Schema::new(name).expect("a good name");
         }
-        for name in ["", "9a", "pg_x", "a b", "a\"b", "a.b", "a;drop", "ä", &"a".repeat(NAME_BYTES_MAX + 1)] {
+        for name in [
+            "",
+            "9a",
+            "pg_x",
+            "information_schema",
+            "a b",
+            "a\"b",
+            "a.b",
+            "a;drop",
+            "ä",
+            &"a".repeat(NAME_BYTES_MAX + 1),
+        ] {
             assert_eq!(Schema::new(name).expect_err("refused").kind(), ErrorKind::Invalid, "{name}");
         }
     }

@@ -268,6 +268,8 @@ create type pgonce.cancelled as (message_id text, was_cancelled boolean);
 comment on type pgonce.cancelled is 'What cancel answers.';
 create type pgonce.relayed as (topic text, partition integer, moved integer, blocked integer);
 comment on type pgonce.relayed is 'What relay did in a partition: messages moved to the queue, and messages that wait because another session holds a lock on them or on an earlier one of their key.';
+create type pgonce.purged as (topic text, unsent bigint, queued bigint);
+comment on type pgonce.purged is 'What purge_topic deleted: messages that had not been relayed, and messages of the queue.';
 create type pgonce.due as (stage text, name text);
 comment on type pgonce.due is 'What watch answers: a stage (relay, consumer) and the name of its topic or consumer.';
 create type pgonce.processed as (message_id text, was_duplicate boolean);

@@ -295,3 +295,12 @@ begin
   return batch.messages;
 end $$;
 comment on function pgonce.open_batch is 'receive without handing the messages out: until the end of the transaction, the view received shows them. Answers their number.';
+
+create or replace function pgonce.apply_statements(statements text)
+returns void
+language plpgsql volatile
+as $$
+begin
+  execute statements;
+end $$;
+comment on function pgonce.apply_statements is 'Runs the statements of an sql consumer, with the rights and the search_path of the caller, each with a snapshot of its own. COMMIT and ROLLBACK fail in here: what was received commits together with all of its effect, or not at all.';

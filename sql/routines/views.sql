@@ -31,7 +31,8 @@ select
   sum(h.moved)::bigint as sent,
   (select count(*) from pgonce.duplicate_sends d where d.topic_id = t.topic_id) as duplicates,
   (select count(*) from pgonce.set_aside s where s.topic_id = t.topic_id) as set_aside,
-  coalesce(clock_timestamp() - min(o.oldest), interval '0') as oldest_pending_age
+  coalesce(clock_timestamp() - min(o.oldest), interval '0') as oldest_pending_age,
+  sum(o.touched)::bigint as touched
 from pgonce.topics t
 join pgonce.partitions p using (topic_id)
 cross join lateral (
@@ -44,12 +45,13 @@ cross join lateral (
     (select count(*) from pgonce.outbox s
      where s.topic_id = p.topic_id and s.partition = p.partition and s.deliver_at is not null) as scheduled,
     count(*) as pending,
+    count(*) filter (where x.xmax <> '0') as touched,
     min(x.enqueued_at) as oldest
   from pgonce.outbox x
   where x.topic_id = p.topic_id and x.partition = p.partition and x.status = 'PENDING'
     and x.seq > least(h.scanned, (select min(f) from unnest(h.open_from) f))) o
 group by t.topic_id, t.topic, t.paused;
-comment on view pgonce.outbox_status is 'Each topic''s outbox: messages that wait, were sent, were refused as duplicates or set aside, and the age of the oldest that waits.';
+comment on view pgonce.outbox_status is 'Each topic''s outbox: messages that wait, were sent, were refused as duplicates or set aside, and the age of the oldest that waits. touched counts those on which another session holds a lock, or held one: while they are locked, they and the later ones of their keys wait.';
 
 create or replace view pgonce.consumer_offsets as
 select
@@ -78,11 +80,31 @@ select
   coalesce(sum(h.next_offset - o.next_offset), 0)::bigint as lag,
   coalesce(clock_timestamp() - min(w.enqueued_at), interval '0') as oldest_age,
   coalesce(sum(o.received), (select count(*) from pgonce.processed_ids p where p.consumer_id = c.consumer_id))::bigint as received,
-  coalesce(sum(o.duplicates), (select count(*) from pgonce.duplicate_receipts d where d.consumer_id = c.consumer_id))::bigint as duplicates
+  coalesce(sum(o.duplicates), (select count(*) from pgonce.duplicate_receipts d where d.consumer_id = c.consumer_id))::bigint as duplicates,
+  (select count(*) from pg_stat_activity a
+   where a.datname = current_database() and right(a.application_name, octet_length(c.consumer) + 1) = ' ' || c.consumer) as sessions
 from pgonce.consumers c
 left join pgonce.topics t using (topic_id)
 left join pgonce.consumer_offsets o on o.consumer_id = c.consumer_id
 left join pgonce.partition_heads h on h.topic_id = o.topic_id and h.partition = o.partition
 left join pgonce.queue w on w.topic_id = o.topic_id and w.partition = o.partition and w."offset" = o.next_offset
 group by c.consumer_id, c.consumer, t.topic, c.paused;
-comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. An inbox has no lag.';
+comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do. An inbox has no lag.';
+
+create or replace view pgonce.horizon_holders as
+select *
+from (
+  select 'session' as kind, a.pid::text as name, a.application_name, a.state,
+         greatest(age(a.backend_xmin), age(a.backend_xid)) as transactions, clock_timestamp() - a.xact_start as age
+  from pg_stat_activity a
+  where a.pid <> pg_backend_pid() and (a.backend_xmin is not null or a.backend_xid is not null)
+  union all
+  select 'replication slot', r.slot_name::text, null, case when r.active then 'active' else 'inactive' end,
+         greatest(age(r.xmin), age(r.catalog_xmin)), null
+  from pg_replication_slots r
+  where r.xmin is not null or r.catalog_xmin is not null
+  union all
+  select 'prepared transaction', x.gid, null, null, age(x.transaction), clock_timestamp() - x.prepared
+  from pg_prepared_xacts x) holder
+order by holder.transactions desc;
+comment on view pgonce.horizon_holders is 'What keeps PostgreSQL from removing dead rows, the oldest first: sessions, replication slots and prepared transactions, with the number of transactions that have begun since. Of sessions of other roles only a member of pg_read_all_stats sees that they hold it.';

@@ -1,4 +1,4 @@
-select consumer, topic, paused, lag, received, duplicates,
+select consumer, topic, paused, lag, received, duplicates, sessions,
        extract(epoch from oldest_age)::float8 as oldest_seconds
 from pgonce.consumer_lag
 order by consumer

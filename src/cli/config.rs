@@ -1,19 +1,35 @@
-//! `pgonce.toml`: the stages that `pgonce run` runs.
+//! `pgonce.toml`: what the daemon runs. `config/pgonce.toml` shows every key.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::Deserialize;
 
-use crate::Consumer;
+use super::Usage;
+use crate::{Consumer, Relay};
 
 /// Most loops of a consumer: each needs a connection.
 const LOOPS_MAX: usize = 64;
+/// Loops of a consumer, where nothing else is said.
+const LOOPS: usize = 2;
+/// Messages that a stage may take at a time.
+const BATCH_MESSAGES: std::ops::RangeInclusive<i32> = 1..=10_000;
+/// Longest graceful stop, in seconds: a day.
+const GRACEFUL_STOP_SECONDS_MAX: u64 = 86_400;
+/// How alike two keys are at least, of 1, where one is taken for a misspelling of the other.
+const LIKENESS_MIN: f64 = 0.7;
 
 /// The whole file. Unknown keys are refused.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Config {
+    /// Where pgonce is installed.
+    pub(super) schema: Option<String>,
+    /// A file that holds the URL of the database.
+    pub(super) database_url_file: Option<PathBuf>,
+    /// How long batches may take to finish after the first signal.
+    pub(super) graceful_stop_seconds: Option<u64>,
     /// Topics to relay; they are created where they do not exist.
     #[serde(default, rename = "topic")]
     pub(super) topics: Vec<Topic>,
@@ -23,12 +39,13 @@ pub(super) struct Config {
 }
 
 /// A topic.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Topic {
     pub(super) name: String,
     pub(super) partitions: Option<i32>,
     pub(super) payload_bytes_max: Option<i32>,
+    pub(super) relay_batch_messages: Option<i32>,
 }
 
 /// A consumer.
@@ -40,6 +57,8 @@ pub(super) struct ConsumerEntry {
     pub(super) kind: Kind,
     /// For the kind `sql`: one statement, or several separated by semicolons.
     pub(super) statements: Option<String>,
+    #[serde(default)]
+    pub(super) start_at: StartAt,
     pub(super) batch_messages: Option<i32>,
     pub(super) loops: Option<usize>,
 }
@@ -54,26 +73,105 @@ pub(super) enum Kind {
     Sql,
 }
 
+/// Where a consumer begins when it is created.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum StartAt {
+    #[default]
+    Earliest,
+    Latest,
+}
+
+impl From<StartAt> for crate::StartAt {
+    fn from(start_at: StartAt) -> Self {
+        match start_at {
+            StartAt::Earliest => Self::Earliest,
+            StartAt::Latest => Self::Latest,
+        }
+    }
+}
+
 impl Config {
     /// Reads and checks a file.
     pub(super) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let config: Self =
-            toml::from_str(&text).with_context(|| format!("{} is not a configuration of pgonce", path.display()))?;
-        for consumer in &config.consumers {
-            if consumer.loops.is_some_and(|loops| !(1..=LOOPS_MAX).contains(&loops)) {
-                bail!("{}: consumer {:?}: loops are 1 to {LOOPS_MAX}", path.display(), consumer.name);
-            }
-            let needs_statements = matches!(consumer.kind, Kind::Sql);
-            if needs_statements != consumer.statements.is_some() {
-                bail!(
-                    "{}: consumer {:?}: statements go with kind = \"sql\", and only with it",
-                    path.display(),
-                    consumer.name
-                );
+        let config: Self = toml::from_str(&text).map_err(|error| {
+            let hint = nearest_key(error.message()).map_or_else(String::new, |key| format!("\n  did you mean {key}?"));
+            Usage(format!(
+                "{} is not a configuration of pgonce: {}{hint}",
+                path.display(),
+                error.to_string().trim_end()
+            ))
+        })?;
+        config
+            .check()
+            .map_err(|error| Usage(format!("{} is not a configuration of pgonce: {error}", path.display())))?;
+        Ok(config)
+    }
+
+    /// Checks what no type can say.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        if let Some(seconds) = self.graceful_stop_seconds.filter(|seconds| *seconds > GRACEFUL_STOP_SECONDS_MAX) {
+            bail!("graceful_stop_seconds of {seconds}: 0 to {GRACEFUL_STOP_SECONDS_MAX} are possible");
+        }
+        let mut names = BTreeSet::new();
+        if let Some(topic) = self.topics.iter().find(|topic| !names.insert(&topic.name)) {
+            bail!("topic {:?} stands there twice", topic.name);
+        }
+        let relayed = self.topics.iter().map(|topic| (&topic.name, "relay_batch_messages", topic.relay_batch_messages));
+        let received =
+            self.consumers.iter().map(|consumer| (&consumer.name, "batch_messages", consumer.batch_messages));
+        for (name, key, messages) in relayed.chain(received) {
+            if let Some(messages) = messages.filter(|messages| !BATCH_MESSAGES.contains(messages)) {
+                let (least, most) = BATCH_MESSAGES.into_inner();
+                bail!("{name:?}: {key} of {messages}: {least} to {most} are possible");
             }
         }
-        Ok(config)
+        let mut names = BTreeSet::new();
+        for consumer in &self.consumers {
+            if !names.insert(&consumer.name) {
+                bail!("consumer {:?} stands there twice", consumer.name);
+            }
+            if consumer.loops.is_some_and(|loops| !(1..=LOOPS_MAX).contains(&loops)) {
+                bail!("consumer {:?}: loops are 1 to {LOOPS_MAX}", consumer.name);
+            }
+            let statements = consumer.statements.as_deref().map(str::trim);
+            if matches!(consumer.kind, Kind::Sql) != statements.is_some() || statements == Some("") {
+                bail!("consumer {:?}: statements go with kind = \"sql\", and only with it", consumer.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a topic that is relayed at its defaults, unless it is there.
+    pub(super) fn add_topic(&mut self, name: &str) {
+        if self.topics.iter().all(|known| known.name != name) {
+            self.topics.push(Topic { name: name.to_owned(), ..Topic::default() });
+        }
+    }
+
+    /// Adds a word count at its defaults.
+    pub(super) fn add_word_count(&mut self, name: &str, topic: &str) {
+        self.consumers.push(ConsumerEntry {
+            name: name.to_owned(),
+            topic: topic.to_owned(),
+            kind: Kind::WordCount,
+            statements: None,
+            start_at: StartAt::default(),
+            batch_messages: None,
+            loops: None,
+        });
+    }
+}
+
+impl Topic {
+    /// The stage that relays it.
+    pub(super) fn stage(&self) -> Relay {
+        let relay = Relay::topic(&self.name);
+        match self.relay_batch_messages {
+            Some(messages) => relay.batch_messages(messages),
+            None => relay,
+        }
     }
 }
 
@@ -87,6 +185,73 @@ impl ConsumerEntry {
         match self.batch_messages {
             Some(messages) => stage.batch_messages(messages),
             None => stage,
+        }
+    }
+
+    /// How many of it run at the same time.
+    pub(super) fn loops(&self) -> usize {
+        self.loops.unwrap_or(LOOPS)
+    }
+}
+
+/// The known key that an unknown one was meant to be. The parser's message quotes the unknown key and then all known ones.
+fn nearest_key(message: &str) -> Option<&str> {
+    let mut quoted = message.strip_prefix("unknown field ")?.split('`').skip(1).step_by(2);
+    let unknown = quoted.next()?;
+    let (likeness, key) = quoted
+        .map(|key| (strsim::jaro_winkler(unknown, key), key))
+        .max_by(|(one, _), (other, _)| one.total_cmp(other))?;
+    (likeness >= LIKENESS_MIN).then_some(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        toml::from_str::<Config>(text).expect_err("refused").message().to_owned()
+    }
+
+    #[test]
+    fn the_nearest_key_is_named() {
+        let message = refusal("[[topic]]\nname = 'a'\npartitons = 3");
+        assert_eq!(nearest_key(&message), Some("partitions"), "{message}");
+        assert_eq!(nearest_key(&refusal("gracefull_stop = 3")), Some("graceful_stop_seconds"));
+        assert_eq!(nearest_key(&refusal("xyzzy = 3")), None);
+        assert_eq!(nearest_key(&refusal("[[topic]]\nname = 3")), None);
+    }
+
+    #[test]
+    fn the_sample_file_shows_every_key() {
+        let sample = include_str!("../../config/pgonce.toml");
+        for section in ["", "[[topic]]\n", "[[consumer]]\n"] {
+            let message = refusal(&format!("{section}no_such_key = 1"));
+            let keys: Vec<&str> = message.split('`').skip(1).step_by(2).skip(1).collect();
+            assert!(keys.len() > 3, "{message}");
+            for key in keys {
+                let is_shown = sample.lines().any(|line| {
+                    let setting = line.trim_start_matches('#');
+                    setting == format!("[[{key}]]") || setting.starts_with(&format!("{key} = "))
+                });
+                assert!(is_shown, "config/pgonce.toml does not show {key}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        for (text, reason) in [
+            ("[[topic]]\nname = 'a'\n[[topic]]\nname = 'a'", "twice"),
+            ("graceful_stop_seconds = 100000", "86400"),
+            ("[[topic]]\nname = 'a'\nrelay_batch_messages = 0", "10000"),
+            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'word_count'\nbatch_messages = 10001", "10000"),
+            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'sql'\nstatements = ' '", "statements"),
+            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'sql'", "statements"),
+            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'word_count'\nloops = 65", "64"),
+        ] {
+            let config: Config = toml::from_str(text).expect("it can be read");
+            let error = config.check().expect_err("refused").to_string();
+            assert!(error.contains(reason), "{error}");
         }
     }
 }

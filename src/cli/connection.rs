@@ -1,32 +1,82 @@
 //! Which database a command works on.
 
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
 use clap::Args;
+use tokio_postgres::Row;
+use tokio_postgres::types::{ToSql, Type};
 
-use crate::{Database, Error, Schema};
-
-/// Where pgonce is installed.
-#[derive(Clone, Debug, Args)]
-pub(super) struct SchemaArg {
-    /// Schema that holds the tables and functions of pgonce.
-    #[arg(long, value_name = "NAME", default_value = "pgonce", value_parser = parse_schema)]
-    pub(super) schema: Schema,
-}
+use super::Usage;
+use crate::{Database, Error, Schema, Session, check_version};
 
 /// The database, for commands that work on one of the user's.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub(super) struct Connection {
     /// The database, such as `postgresql://user@host:5432/app`.
     #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true)]
-    pub(super) database_url: String,
-    #[command(flatten)]
-    pub(super) schema: SchemaArg,
+    pub(super) database_url: Option<String>,
+    /// A file that holds the URL of the database, for secrets that are mounted.
+    #[arg(long, value_name = "FILE", env = "PGONCE_DATABASE_URL_FILE", conflicts_with = "database_url")]
+    pub(super) database_url_file: Option<PathBuf>,
+    /// Schema that holds the tables and functions of pgonce [default: pgonce].
+    #[arg(long, value_name = "NAME", env = "PGONCE_SCHEMA", value_parser = parse_schema)]
+    pub(super) schema: Option<Schema>,
 }
 
 impl Connection {
-    /// Opens a pool of up to `connections_max` connections.
-    pub(super) fn open(&self, connections_max: usize) -> Result<Database, Error> {
-        Database::connect(&self.database_url, self.schema.schema.clone(), connections_max)
+    /// The URL of the database.
+    pub(super) fn url(&self) -> anyhow::Result<String> {
+        match (self.database_url.as_ref().filter(|url| !url.is_empty()), &self.database_url_file) {
+            (Some(url), _) => Ok(url.clone()),
+            (None, Some(file)) => read_url(file),
+            (None, None) => Err(Usage("no database: give --database-url URL, or set DATABASE_URL".to_owned()).into()),
+        }
     }
+
+    /// Opens a pool of up to `connections_max` connections.
+    pub(super) fn open(&self, connections_max: usize) -> anyhow::Result<Database> {
+        Ok(Database::connect(&self.url()?, self.schema.clone().unwrap_or_default(), connections_max)?)
+    }
+
+    /// Opens one connection to a database in which pgonce is installed.
+    pub(super) async fn installed(&self) -> anyhow::Result<Installed> {
+        let database = self.open(1)?;
+        let session = database.session().await?;
+        check_version(&*session, database.schema()).await?;
+        Ok(Installed { database, session })
+    }
+}
+
+/// One connection to a database in which pgonce is installed in a version that this program can work with.
+pub(super) struct Installed {
+    database: Database,
+    pub(super) session: Session,
+}
+
+impl Installed {
+    pub(super) fn schema(&self) -> &Schema {
+        self.database.schema()
+    }
+
+    /// Runs a statement of `sql/statements/`.
+    pub(super) async fn rows(
+        &self,
+        statement: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<Vec<Row>, Error> {
+        Ok(self.session.query_typed(&self.schema().sql(statement), parameters).await?)
+    }
+}
+
+fn read_url(file: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read the database URL from {}", file.display()))?;
+    let url = text.trim();
+    if url.is_empty() {
+        return Err(Usage(format!("{} is empty: it should hold the URL of the database", file.display())).into());
+    }
+    Ok(url.to_owned())
 }
 
 fn parse_schema(name: &str) -> Result<Schema, String> {

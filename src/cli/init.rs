@@ -4,6 +4,7 @@ use clap::Args;
 
 use super::Outcome;
 use super::connection::Connection;
+use super::text::say;
 use crate::{Migration, SCHEMA_VERSION, migrate};
 
 /// Create the schema of pgonce in a database, or upgrade it.
@@ -28,7 +29,7 @@ impl Init {
             Migration::Upgraded { from } => format!("upgraded schema {schema} from version {from} to {SCHEMA_VERSION}"),
             Migration::Current => format!("schema {schema} has version {SCHEMA_VERSION} already"),
         };
-        println!("{said}");
+        say!("{said}")?;
         Ok(Outcome::Done)
     }
 }

@@ -5,14 +5,19 @@
 
 mod config;
 mod connection;
+mod consumer;
 mod demo;
+mod enqueue;
 mod init;
+mod manual;
+mod message;
 mod run;
 mod signals;
 mod status;
 mod text;
+mod topic;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -23,21 +28,42 @@ use crate::Error;
 /// Exactly-once effects over PostgreSQL: outbox, relay, queue and consumers.
 #[derive(Debug, Parser)]
 #[command(name = "pgonce", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = "Example:\n  pgonce demo\n\n\
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check found something wrong.")]
 struct Cli {
+    /// Form of the log on standard error.
+    #[arg(long, global = true, value_enum, default_value = "text", env = "PGONCE_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum LogFormat {
+    /// For people.
+    Text,
+    /// A JSON object a line.
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     Init(init::Init),
     Run(run::Run),
+    Relay(run::RelayOnly),
+    Consume(run::Consume),
+    Enqueue(enqueue::Enqueue),
     Status(status::Status),
+    Topic(topic::Topic),
+    Consumer(consumer::Consumer),
+    Message(message::Message),
     Demo(demo::Demo),
+    Completions(manual::Completions),
+    Man(manual::Man),
 }
 
 /// What is logged where `RUST_LOG` says nothing. The pool reports each broken connection that a stage reports as well.
-const LOG_FILTER: &str = "info,deadpool=off";
+const LOG_FILTER: &str = "info,deadpool=off,tokio_postgres=warn";
 
 /// How a command ended that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,12 +88,7 @@ impl std::error::Error for Usage {}
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_FILTER)))
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .init();
+    log_to_stderr(cli.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -75,17 +96,14 @@ pub fn main() -> ExitCode {
             return ExitCode::from(1);
         }
     };
-    let outcome = runtime.block_on(async {
-        match cli.command {
-            Command::Init(command) => command.run().await,
-            Command::Run(command) => command.run().await,
-            Command::Status(command) => command.run().await,
-            Command::Demo(command) => command.run().await,
-        }
-    });
+    let outcome = runtime.block_on(cli.command.run());
+    // What still runs on a thread of its own, as the start of a private server does after a signal, is not waited for.
+    runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Violated) => ExitCode::from(3),
+        // Nobody reads any more, as behind `head`: that is no failure.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);
             ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
@@ -93,15 +111,55 @@ pub fn main() -> ExitCode {
     }
 }
 
+impl Command {
+    async fn run(self) -> anyhow::Result<Outcome> {
+        match self {
+            Self::Init(command) => command.run().await,
+            Self::Run(command) => command.run().await,
+            Self::Relay(command) => command.run().await,
+            Self::Consume(command) => command.run().await,
+            Self::Enqueue(command) => command.run().await,
+            Self::Status(command) => command.run().await,
+            Self::Topic(command) => command.run().await,
+            Self::Consumer(command) => command.run().await,
+            Self::Message(command) => command.run().await,
+            Self::Demo(command) => command.run().await,
+            Self::Completions(command) => command.run(),
+            Self::Man(command) => command.run(),
+        }
+    }
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_FILTER)))
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        // Where the log cannot be written there is nobody to tell.
+        .log_internal_errors(false)
+        .with_target(false);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    kind == Some(std::io::ErrorKind::BrokenPipe)
+}
+
 /// One clear message, its causes where they say more, and what to do.
 fn report(error: &anyhow::Error) {
-    eprintln!("error: {error}");
+    let mut text = vec![format!("error: {error}")];
     // An error of the library says itself what its sources say.
     let own = error.chain().position(<dyn std::error::Error>::is::<Error>).unwrap_or(usize::MAX);
     for cause in error.chain().skip(1).take(own) {
-        eprintln!("  caused by: {cause}");
+        text.push(format!("  caused by: {cause}"));
     }
     if let Some(hint) = error.chain().find_map(|cause| cause.downcast_ref::<Error>()?.hint()) {
-        eprintln!("  hint: {hint}");
+        text.push(format!("  hint: {hint}"));
     }
+    // Where it cannot be written there is nobody to tell; the exit code says that it failed.
+    let _ = writeln!(std::io::stderr(), "{}", text.join("\n"));
 }

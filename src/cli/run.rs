@@ -1,48 +1,37 @@
-//! `pgonce run`: the daemon.
+//! `pgonce run`, `relay` and `consume`: the daemon, whole or one stage of it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 
-use super::config::{Config, ConsumerEntry, Kind, Topic};
-use super::connection::SchemaArg;
+use super::config::Config;
+use super::connection::Connection;
 use super::signals::Signals;
+use super::text::say;
 use super::{Outcome, Usage};
 use crate::embedded::{Options, PrivateServer};
-use crate::{
-    Database, Relay, Shutdown, StartAt, TopicSettings, Worker, check_version, create_consumer, create_topic, migrate,
-};
+use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, create_consumer, create_topic, migrate};
 
-/// Loops of a consumer, where nothing else is said.
-const LOOPS: usize = 2;
+/// How long batches may take to finish after the first signal, where nothing else is said.
+const GRACEFUL_STOP_SECONDS: u64 = 30;
 
 /// Run relays and consumers until a signal comes.
 ///
-/// The stages come from the command line or from a file. Topics and consumers that do not exist are created. SIGTERM or
-/// Ctrl-C finishes the batches at hand; a second signal, or 30 seconds, drops them, and they come again at the next start.
+/// The stages come from a file, from the command line, or from both. Topics and consumers that do not exist are created.
+/// SIGTERM or Ctrl-C finishes the batches at hand; a second signal, or 30 seconds, drops them, and they come again at the
+/// next start.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     pgonce run --embedded --word-count counter=words\n  \
     pgonce run --database-url postgresql://app@db/app --config config/pgonce.toml")]
 pub(super) struct Run {
-    /// The database, such as `postgresql://user@host:5432/app`.
-    #[arg(
-        long,
-        value_name = "URL",
-        env = "DATABASE_URL",
-        hide_env_values = true,
-        required_unless_present = "embedded"
-    )]
-    database_url: Option<String>,
-    /// Start a private PostgreSQL for this run; it is removed at the end. `DATABASE_URL` is ignored.
+    #[command(flatten)]
+    daemon: Daemon,
+    /// Start a private PostgreSQL for this run; it is removed at the end. The database's URL is ignored.
     #[arg(long)]
     embedded: bool,
-    #[command(flatten)]
-    schema: SchemaArg,
-    /// Read topics and consumers from this file.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["relay", "word_count"])]
-    config: Option<PathBuf>,
     /// Relay this topic; may be given several times.
     #[arg(long, value_name = "TOPIC")]
     relay: Vec<String>,
@@ -51,98 +40,202 @@ pub(super) struct Run {
     word_count: Vec<(String, String)>,
 }
 
+/// Relay topics until a signal comes, for hosts that do nothing else.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  pgonce relay orders payments\n  pgonce relay --config config/pgonce.toml")]
+pub(super) struct RelayOnly {
+    #[command(flatten)]
+    daemon: Daemon,
+    /// Topics; those of the file where none are given.
+    #[arg(value_name = "TOPIC")]
+    topics: Vec<String>,
+}
+
+/// Run consumers until a signal comes, for hosts that do nothing else.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  pgonce consume --config config/pgonce.toml ledger")]
+pub(super) struct Consume {
+    #[command(flatten)]
+    daemon: Daemon,
+    /// Consumers of the file; all of them where none are given.
+    #[arg(value_name = "CONSUMER", requires = "config")]
+    consumers: Vec<String>,
+    /// Count the words of a topic under the name of a consumer; may be given several times.
+    #[arg(long, value_name = "CONSUMER=TOPIC", value_parser = parse_pair)]
+    word_count: Vec<(String, String)>,
+}
+
+/// What all three have in common.
+#[derive(Debug, Args)]
+struct Daemon {
+    #[command(flatten)]
+    connection: Connection,
+    /// Read topics, consumers and settings from this file.
+    #[arg(long, value_name = "FILE", env = "PGONCE_CONFIG")]
+    config: Option<PathBuf>,
+    /// How long batches may take to finish after the first signal [default: 30].
+    #[arg(long, value_name = "SECONDS", env = "PGONCE_GRACEFUL_STOP_SECONDS",
+          value_parser = clap::value_parser!(u64).range(..=86_400))]
+    graceful_stop_seconds: Option<u64>,
+}
+
 impl Run {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
-        let signals = Signals::listen().context("cannot listen for signals")?;
-        let config = self.stages()?;
-        let server = if self.embedded { Some(start_server(&self.schema).await?) } else { None };
-        let url = match &server {
-            Some(server) => server.url("pgonce"),
-            None => self.database_url.clone().unwrap_or_default(),
-        };
-        let shutdown = Shutdown::new();
-        let driver = tokio::spawn(signals.drive(shutdown.clone()));
-        let outcome = serve(&url, &self.schema, &config, &shutdown).await;
-        driver.abort();
-        if let Some(server) = server {
-            tokio::task::spawn_blocking(move || server.stop()).await??;
-        }
-        outcome
-    }
-
-    /// The stages that the file or the command line names.
-    fn stages(&self) -> anyhow::Result<Config> {
-        let mut config = match &self.config {
-            Some(path) => Config::read(path)?,
-            None => Config::default(),
-        };
-        let consumed = self.word_count.iter().map(|(_, topic)| topic);
-        for topic in self.relay.iter().chain(consumed) {
-            if config.topics.iter().all(|known| known.name != *topic) {
-                config.topics.push(Topic { name: topic.clone(), partitions: None, payload_bytes_max: None });
-            }
+        let mut signals = Signals::listen().context("cannot listen for signals")?;
+        let mut config = self.daemon.read()?;
+        for topic in self.relay.iter().chain(self.word_count.iter().map(|(_, topic)| topic)) {
+            config.add_topic(topic);
         }
         for (name, topic) in &self.word_count {
-            config.consumers.push(ConsumerEntry {
-                name: name.clone(),
-                topic: topic.clone(),
-                kind: Kind::WordCount,
-                statements: None,
-                batch_messages: None,
-                loops: None,
-            });
+            config.add_word_count(name, topic);
         }
+        if !self.embedded {
+            return self.daemon.run(&config, signals).await;
+        }
+        let schema = self.daemon.connection.schema.clone().unwrap_or_default();
+        // The start may be dropped: the server's guardian removes what is there when this process has ended.
+        let server = tokio::select! {
+            server = start_server(schema) => server?,
+            () = signals.next() => bail!("interrupted"),
+        };
+        let mut daemon = self.daemon;
+        daemon.connection = Connection {
+            database_url: Some(server.url("pgonce")),
+            database_url_file: None,
+            schema: daemon.connection.schema,
+        };
+        let outcome = daemon.run(&config, signals).await;
+        tokio::task::spawn_blocking(move || server.stop()).await??;
+        outcome
+    }
+}
+
+impl RelayOnly {
+    pub(super) async fn run(self) -> anyhow::Result<Outcome> {
+        let signals = Signals::listen().context("cannot listen for signals")?;
+        let mut config = self.daemon.read()?;
+        config.consumers.clear();
+        if !self.topics.is_empty() {
+            config.topics.retain(|topic| self.topics.contains(&topic.name));
+            self.topics.iter().for_each(|topic| config.add_topic(topic));
+        }
+        self.daemon.run(&config, signals).await
+    }
+}
+
+impl Consume {
+    pub(super) async fn run(self) -> anyhow::Result<Outcome> {
+        let signals = Signals::listen().context("cannot listen for signals")?;
+        let mut config = self.daemon.read()?;
+        config.topics.clear();
+        let known = |name: &String| config.consumers.iter().any(|consumer| consumer.name == *name);
+        if let Some(unknown) = self.consumers.iter().find(|name| !known(name)) {
+            return Err(Usage(format!("the configuration has no consumer {unknown:?}")).into());
+        }
+        if !self.consumers.is_empty() {
+            config.consumers.retain(|consumer| self.consumers.contains(&consumer.name));
+        }
+        for (name, topic) in &self.word_count {
+            config.add_word_count(name, topic);
+        }
+        self.daemon.run(&config, signals).await
+    }
+}
+
+impl Daemon {
+    fn read(&self) -> anyhow::Result<Config> {
+        self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)
+    }
+
+    /// Where it is said on the command line or in the environment, else in the file.
+    fn connection(&self, config: &Config) -> anyhow::Result<Connection> {
+        let mut connection = self.connection.clone();
+        if connection.database_url.is_none() && connection.database_url_file.is_none() {
+            connection.database_url_file.clone_from(&config.database_url_file);
+        }
+        if connection.schema.is_none() {
+            connection.schema = config.schema.as_deref().map(Schema::new).transpose()?;
+        }
+        Ok(connection)
+    }
+
+    async fn run(&self, config: &Config, signals: Signals) -> anyhow::Result<Outcome> {
         if config.topics.is_empty() && config.consumers.is_empty() {
             return Err(Usage(
-                "nothing to run: give --config FILE, --relay TOPIC or --word-count CONSUMER=TOPIC".to_owned(),
+                "nothing to run: give --config FILE, or name topics or consumers (see --help)".to_owned(),
             )
             .into());
         }
-        Ok(config)
+        config.check().map_err(|error| Usage(error.to_string()))?;
+        let seconds = self.graceful_stop_seconds.or(config.graceful_stop_seconds).unwrap_or(GRACEFUL_STOP_SECONDS);
+        let database = self.connection(config)?.open(1)?;
+        let shutdown = Shutdown::new();
+        let driver = tokio::spawn(signals.drive(shutdown.clone(), Duration::from_secs(seconds)));
+        let outcome = serve(database, config, &shutdown).await;
+        driver.abort();
+        outcome
     }
 }
 
-async fn start_server(schema: &SchemaArg) -> anyhow::Result<PrivateServer> {
+async fn start_server(schema: Schema) -> anyhow::Result<PrivateServer> {
     let server = tokio::task::spawn_blocking(|| PrivateServer::start(&Options::default())).await??;
-    let database = Database::connect(&server.url("pgonce"), schema.schema.clone(), 1)?;
+    let database = Database::connect(&server.url("pgonce"), schema, 1)?;
     let mut session = database.session().await?;
     migrate(&mut session, database.schema()).await?;
-    println!("private PostgreSQL: {}", server.psql_command("pgonce"));
+    say!("private PostgreSQL: {}", server.psql_command("pgonce"))?;
     Ok(server)
 }
 
-async fn serve(url: &str, schema: &SchemaArg, config: &Config, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
-    let loops: usize = config.consumers.iter().map(|consumer| consumer.loops.unwrap_or(LOOPS)).sum();
-    let database = Database::connect(url, schema.schema.clone(), config.topics.len() + loops + 1)?;
-    // Dropped half way it leaves nothing: each of its statements is a transaction.
-    tokio::select! {
-        prepared = prepare(&database, config) => prepared?,
-        () = shutdown.stopping() => return Ok(Outcome::Done),
-    }
-    let mut worker = Worker::new(database);
+async fn serve(database: Database, config: &Config, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
+    let mut worker = Worker::new(database.clone());
     for topic in &config.topics {
-        worker = worker.relay(Relay::topic(&topic.name));
+        worker = worker.relay(topic.stage());
     }
     for consumer in &config.consumers {
-        worker = worker.consumer_with(consumer.stage(), consumer.loops.unwrap_or(LOOPS));
+        worker = worker.consumer_with(consumer.stage(), consumer.loops());
     }
-    tracing::info!(worker.relays = config.topics.len(), worker.consumers = config.consumers.len(), "running");
+    // Dropped half way it leaves nothing: each of its statements is a transaction.
+    tokio::select! {
+        prepared = prepare(&database, config, worker.connections()) => prepared?,
+        () = shutdown.stopping() => return Ok(Outcome::Done),
+    }
+    tracing::info!(
+        worker.relays = config.topics.len(),
+        worker.consumers = config.consumers.len(),
+        worker.connections = worker.connections(),
+        "running"
+    );
     let report = worker.run(shutdown).await?;
     tracing::info!(worker.moved = report.moved, worker.applied = report.applied, "stopped");
     Ok(Outcome::Done)
 }
 
-/// Checks the schema, and creates what the configuration declares.
-async fn prepare(database: &Database, config: &Config) -> Result<(), crate::Error> {
+/// Checks the schema and the connections, and creates what the configuration declares.
+async fn prepare(database: &Database, config: &Config, connections: usize) -> anyhow::Result<()> {
     let session = database.session().await?;
     let schema = database.schema();
     check_version(&*session, schema).await?;
+    let row = session.query_typed_one(include_str!("../../sql/statements/connections_free.sql"), &[]).await?;
+    let (most, free): (i64, i64) = (row.try_get("most")?, row.try_get("free")?);
+    let needed = i64::try_from(connections).unwrap_or(i64::MAX);
+    if needed > most {
+        bail!(
+            "these stages need {needed} connections, the server has {most} in all: raise its max_connections, \
+             run fewer loops, or put a PgBouncer in between"
+        );
+    } else if needed > free {
+        tracing::warn!(
+            connections.needed = needed,
+            connections.free = free,
+            "the server has fewer free connections than the stages need: some will wait and try again"
+        );
+    }
     for topic in &config.topics {
         let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
         create_topic(&*session, schema, &topic.name, settings).await?;
     }
     for consumer in &config.consumers {
-        create_consumer(&*session, schema, &consumer.name, Some(&consumer.topic), StartAt::Earliest).await?;
+        create_consumer(&*session, schema, &consumer.name, Some(&consumer.topic), consumer.start_at.into()).await?;
     }
     session.give_back();
     Ok(())

@@ -6,9 +6,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::Shutdown;
 
-/// How long batches may take to finish after the first signal.
-const GRACEFUL_STOP_MAX: Duration = Duration::from_secs(30);
-
 /// SIGINT, SIGTERM and SIGHUP, as one stream.
 pub(super) struct Signals {
     interrupt: Signal,
@@ -36,15 +33,15 @@ impl Signals {
         }
     }
 
-    /// Turns signals into wishes to stop, until it is dropped.
-    pub(super) async fn drive(mut self, shutdown: Shutdown) {
+    /// Turns signals into wishes to stop, until it is dropped. Batches may take so long to finish after the first one.
+    pub(super) async fn drive(mut self, shutdown: Shutdown, graceful_stop_max: Duration) {
         self.next().await;
-        tracing::info!("stopping: finishing the batches at hand; a second signal drops them");
         shutdown.stop();
+        tracing::info!("stopping: finishing the batches at hand; a second signal drops them");
         // Either arm may be dropped: both only wait.
         tokio::select! {
             () = self.next() => tracing::warn!("dropping the batches at hand; they come again"),
-            () = tokio::time::sleep(GRACEFUL_STOP_MAX) => tracing::warn!("not finished in time: dropping the batches at hand; they come again"),
+            () = tokio::time::sleep(graceful_stop_max) => tracing::warn!("not finished in time: dropping the batches at hand; they come again"),
         }
         shutdown.abort();
     }

@@ -1,22 +1,43 @@
-//! `pgonce status`: backlog, lag and duplicates.
+//! `pgonce status`: backlog, lag and duplicates, and what is in the way.
 
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
+use tokio_postgres::Row;
 
-use super::Outcome;
-use super::connection::Connection;
-use super::text::table;
-use crate::{Database, Error, check_version};
+use super::connection::{Connection, Installed};
+use super::signals::Signals;
+use super::text::{print_json, say, seconds, state, table};
+use super::{Outcome, Usage};
+use crate::Error;
 
-/// Show what waits, what lags behind, and what was refused as a duplicate.
+/// How often the report is printed anew.
+const WATCH_EVERY: Duration = Duration::from_secs(2);
+/// Clears a terminal and goes to its upper left corner.
+const CLEAR: &str = "\x1b[2J\x1b[H";
+
+/// Show what waits, what lags behind, what was refused as a duplicate, and what is in the way.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  pgonce status --database-url postgresql://app@db/app --json")]
+#[command(after_help = "Examples:\n  pgonce status --watch\n  pgonce status --check --max-lag 60s\n\n\
+    Exit code 3 if --check finds something that waits for longer than --max-lag.")]
 pub(super) struct Status {
     #[command(flatten)]
     connection: Connection,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Print it again every 2 seconds, until a signal comes.
+    #[arg(long, conflicts_with = "check")]
+    watch: bool,
+    /// For health checks: print only what waits for too long.
+    #[arg(long)]
+    check: bool,
+    /// With --check: how long the oldest message may wait, such as 60s or 5m.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    max_lag: Duration,
 }
 
 /// The state of all topics and consumers.
@@ -24,6 +45,8 @@ pub(super) struct Status {
 struct Report {
     topics: Vec<TopicBacklog>,
     consumers: Vec<ConsumerLag>,
+    /// What keeps dead rows alive for longer than a minute.
+    horizon_holders: Vec<Holder>,
 }
 
 #[derive(Debug, Serialize)]
@@ -35,55 +58,103 @@ struct TopicBacklog {
     sent: i64,
     duplicates: i64,
     set_aside: i64,
+    /// Pending messages on which another session holds, or held, a lock.
+    touched: i64,
     oldest_pending_seconds: f64,
 }
 
 #[derive(Debug, Serialize)]
-struct ConsumerLag {
-    consumer: String,
+pub(super) struct ConsumerLag {
+    pub(super) consumer: String,
     topic: Option<String>,
     paused: bool,
     lag: i64,
     received: i64,
     duplicates: i64,
+    /// Connections that bear its name.
+    sessions: i64,
     oldest_seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Holder {
+    kind: String,
+    name: String,
+    application_name: Option<String>,
+    state: Option<String>,
+    transactions: i64,
+    seconds: Option<f64>,
 }
 
 impl Status {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
-        let database = self.connection.open(1)?;
-        let report = Report::read(&database).await?;
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
-        } else {
-            report.print();
+        let installed = self.connection.installed().await?;
+        if self.check {
+            return check(&Report::read(&installed).await?, self.max_lag, self.json);
+        } else if !self.watch {
+            self.print(&Report::read(&installed).await?)?;
+            return Ok(Outcome::Done);
         }
-        Ok(Outcome::Done)
+        let mut signals = Signals::listen().context("cannot listen for signals")?;
+        loop {
+            let report = Report::read(&installed).await?;
+            if std::io::stdout().is_terminal() && !self.json {
+                say!("{CLEAR}")?;
+            }
+            self.print(&report)?;
+            // Both arms only wait.
+            tokio::select! {
+                () = signals.next() => return Ok(Outcome::Done),
+                () = tokio::time::sleep(WATCH_EVERY) => {}
+            }
+        }
+    }
+
+    fn print(&self, report: &Report) -> anyhow::Result<()> {
+        match (self.json, self.watch) {
+            // A line a report.
+            (true, true) => say!("{}", serde_json::to_string(report)?)?,
+            (true, false) => print_json(report)?,
+            (false, _) => report.print()?,
+        }
+        Ok(())
     }
 }
 
+/// Prints what waits for longer than it may.
+fn check(report: &Report, max_lag: Duration, json: bool) -> anyhow::Result<Outcome> {
+    let too_long = |waits: f64| waits > max_lag.as_secs_f64();
+    let topics = report.topics.iter().filter(|topic| too_long(topic.oldest_pending_seconds)).map(|topic| {
+        let waits = seconds(topic.oldest_pending_seconds);
+        format!("topic {}: {} messages wait for the relay, the oldest for {waits}", topic.topic, topic.pending)
+    });
+    let consumers = report.consumers.iter().filter(|consumer| too_long(consumer.oldest_seconds)).map(|consumer| {
+        let waits = seconds(consumer.oldest_seconds);
+        format!("consumer {}: lags {} messages behind, the oldest waits for {waits}", consumer.consumer, consumer.lag)
+    });
+    let late: Vec<String> = topics.chain(consumers).collect();
+    if json {
+        print_json(&serde_json::json!({ "healthy": late.is_empty(), "late": late }))?;
+    } else {
+        for line in &late {
+            say!("{line}")?;
+        }
+    }
+    Ok(if late.is_empty() { Outcome::Done } else { Outcome::Violated })
+}
+
 impl Report {
-    async fn read(database: &Database) -> Result<Self, Error> {
-        let session = database.session().await?;
-        let schema = database.schema();
-        check_version(&*session, schema).await?;
-        let topics = session
-            .query_typed(&schema.sql(include_str!("../../sql/statements/status_topics.sql")), &[])
-            .await?
-            .iter()
-            .map(TopicBacklog::from_row)
-            .collect::<Result<_, _>>()?;
-        let consumers = session
-            .query_typed(&schema.sql(include_str!("../../sql/statements/status_consumers.sql")), &[])
-            .await?
-            .iter()
-            .map(ConsumerLag::from_row)
-            .collect::<Result<_, _>>()?;
-        session.give_back();
-        Ok(Self { topics, consumers })
+    async fn read(installed: &Installed) -> Result<Self, Error> {
+        let topics = installed.rows(include_str!("../../sql/statements/status_topics.sql"), &[]).await?;
+        let holders = installed.rows(include_str!("../../sql/statements/status_horizon.sql"), &[]).await?;
+        Ok(Self {
+            topics: topics.iter().map(TopicBacklog::from_row).collect::<Result<_, _>>()?,
+            consumers: consumer_lags(installed).await?,
+            horizon_holders: holders.iter().map(Holder::from_row).collect::<Result<_, _>>()?,
+        })
     }
 
-    fn print(&self) {
+    fn print(&self) -> std::io::Result<()> {
         let topics = self.topics.iter().map(|topic| {
             vec![
                 topic.topic.clone(),
@@ -91,31 +162,58 @@ impl Report {
                 topic.scheduled.to_string(),
                 topic.pending.to_string(),
                 seconds(topic.oldest_pending_seconds),
+                topic.touched.to_string(),
                 topic.sent.to_string(),
                 topic.duplicates.to_string(),
                 topic.set_aside.to_string(),
             ]
         });
-        let heads = ["topic", "state", "scheduled", "pending", "oldest", "sent", "duplicates", "set aside"];
-        println!("{}", table(&heads, topics));
-        let consumers = self.consumers.iter().map(|consumer| {
-            vec![
-                consumer.consumer.clone(),
-                consumer.topic.clone().unwrap_or_else(|| "(inbox)".to_owned()),
-                state(consumer.paused),
-                consumer.lag.to_string(),
-                seconds(consumer.oldest_seconds),
-                consumer.received.to_string(),
-                consumer.duplicates.to_string(),
-            ]
-        });
-        let heads = ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates"];
-        println!("\n{}", table(&heads, consumers));
+        let heads = ["topic", "state", "scheduled", "pending", "oldest", "touched", "sent", "duplicates", "set aside"];
+        say!("{}\n", table(&heads, topics))?;
+        print_consumers(&self.consumers)?;
+        let unattended = self.consumers.iter().filter(|consumer| consumer.sessions == 0 && consumer.lag > 0);
+        for consumer in unattended {
+            say!("\nnobody seems to run consumer {}: no connection bears its name", consumer.consumer)?;
+        }
+        for holder in &self.horizon_holders {
+            let name = holder.application_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("unnamed");
+            let age = holder.seconds.map_or_else(String::new, |age| format!(" for {}", seconds(age)));
+            say!(
+                "\n{} {} ({name}) keeps dead rows alive{age}: {} transactions have begun since",
+                holder.kind,
+                holder.name,
+                holder.transactions
+            )?;
+        }
+        Ok(())
     }
 }
 
+/// The lag of all consumers.
+pub(super) async fn consumer_lags(installed: &Installed) -> Result<Vec<ConsumerLag>, Error> {
+    let rows = installed.rows(include_str!("../../sql/statements/status_consumers.sql"), &[]).await?;
+    Ok(rows.iter().map(ConsumerLag::from_row).collect::<Result<_, _>>()?)
+}
+
+pub(super) fn print_consumers(consumers: &[ConsumerLag]) -> std::io::Result<()> {
+    let rows = consumers.iter().map(|consumer| {
+        vec![
+            consumer.consumer.clone(),
+            consumer.topic.clone().unwrap_or_else(|| "(inbox)".to_owned()),
+            state(consumer.paused),
+            consumer.lag.to_string(),
+            seconds(consumer.oldest_seconds),
+            consumer.received.to_string(),
+            consumer.duplicates.to_string(),
+            consumer.sessions.to_string(),
+        ]
+    });
+    let heads = ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates", "sessions"];
+    say!("{}", table(&heads, rows))
+}
+
 impl TopicBacklog {
-    fn from_row(row: &tokio_postgres::Row) -> Result<Self, tokio_postgres::Error> {
+    fn from_row(row: &Row) -> Result<Self, tokio_postgres::Error> {
         Ok(Self {
             topic: row.try_get("topic")?,
             paused: row.try_get("paused")?,
@@ -124,13 +222,14 @@ impl TopicBacklog {
             sent: row.try_get("sent")?,
             duplicates: row.try_get("duplicates")?,
             set_aside: row.try_get("set_aside")?,
+            touched: row.try_get("touched")?,
             oldest_pending_seconds: row.try_get("oldest_pending_seconds")?,
         })
     }
 }
 
 impl ConsumerLag {
-    fn from_row(row: &tokio_postgres::Row) -> Result<Self, tokio_postgres::Error> {
+    fn from_row(row: &Row) -> Result<Self, tokio_postgres::Error> {
         Ok(Self {
             consumer: row.try_get("consumer")?,
             topic: row.try_get("topic")?,
@@ -138,15 +237,27 @@ impl ConsumerLag {
             lag: row.try_get("lag")?,
             received: row.try_get("received")?,
             duplicates: row.try_get("duplicates")?,
+            sessions: row.try_get("sessions")?,
             oldest_seconds: row.try_get("oldest_seconds")?,
         })
     }
 }
 
-fn state(paused: bool) -> String {
-    if paused { "paused" } else { "running" }.to_owned()
+impl Holder {
+    fn from_row(row: &Row) -> Result<Self, tokio_postgres::Error> {
+        Ok(Self {
+            kind: row.try_get("kind")?,
+            name: row.try_get("name")?,
+            application_name: row.try_get("application_name")?,
+            state: row.try_get("state")?,
+            transactions: row.try_get("transactions")?,
+            seconds: row.try_get("seconds")?,
+        })
+    }
 }
 
-fn seconds(age: f64) -> String {
-    format!("{age:.1} s")
+fn parse_duration(text: &str) -> Result<Duration, Usage> {
+    let parsed: Option<jiff::SignedDuration> = text.parse().ok();
+    let duration = parsed.and_then(|duration| Duration::try_from(duration).ok());
+    duration.ok_or_else(|| Usage(format!("{text:?} is no time span: write 60s, 5m or 1h 30m")))
 }

@@ -120,12 +120,9 @@ impl Effect for Sql {
         Box::pin(async move {
             let applied = batch.open().await?;
             if applied > 0 {
-                batch.transaction.batch_execute(&self.0).await.map_err(|error| {
-                    let error = Error::from(error);
-                    match error.kind() {
-                        ErrorKind::Contention | ErrorKind::Unavailable => error,
-                        _ => failed(&batch.consumer.name, Box::new(error)),
-                    }
+                batch.run(&self.0).await.map_err(|error| match error.kind() {
+                    ErrorKind::Contention | ErrorKind::Unavailable => error,
+                    _ => failed(&batch.consumer.name, Box::new(error)),
                 })?;
             }
             Ok(applied)

@@ -54,6 +54,7 @@ impl Consumer {
     /// A consumer whose effect is SQL: one statement or several, separated by semicolons, over the relation `received`
     /// (`consumer`, `partition`, `offset`, `message_id`, `key`, `payload`, `headers`, `enqueued_at`). Payloads never leave the server.
     ///
+    /// They run inside the consumer's transaction, in which COMMIT and ROLLBACK fail.
     /// Every row of `received` counts as applied: a filter or an inner join that drops rows drops messages. Aggregate
     /// per target row before an UPDATE … FROM.
     ///
@@ -112,7 +113,9 @@ impl Consumer {
             let is_open: Option<bool> = row.try_get("is_open")?;
             if is_open != Some(true) {
                 let message = format!("handler of consumer {:?} ended the transaction that it was given", self.name);
-                return Err(Error::new(ErrorKind::Handler, message).with_hint("It must neither commit nor roll back."));
+                return Err(Error::new(ErrorKind::Handler, message).with_hint(
+                    "It must neither commit nor roll back: what it received may be committed without the rest of its effect.",
+                ));
             }
         }
         // Also without messages: a batch of nothing but duplicates has moved the offset.
@@ -149,6 +152,13 @@ impl Batch<'_> {
             )
             .await?;
         Ok(rows)
+    }
+
+    /// Runs statements, none of which can end the transaction.
+    async fn run(&self, statements: &str) -> Result<(), Error> {
+        let statement = self.database.schema().sql(include_str!("../../sql/statements/apply_statements.sql"));
+        self.transaction.query_typed(&statement, &[(&statements, Type::TEXT)]).await?;
+        Ok(())
     }
 
     /// Receives the batch into the relation `received`, and answers the number of its messages.

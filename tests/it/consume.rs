@@ -118,6 +118,19 @@ async fn an_error_of_sql_rolls_all_back_and_the_messages_come_again() {
     assert_eq!(number(&client, "select count(*) from effects").await, 4);
 }
 
+#[tokio::test]
+async fn statements_cannot_end_the_transaction_of_their_messages() {
+    let (database, client) = queued(4).await;
+    let pool = database.database(1);
+    for statements in
+        ["commit", "commit; insert into applied (text) select message_id from received", "rollback", "begin"]
+    {
+        let error = Consumer::sql(CONSUMER, statements).step(&pool).await.expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::Handler, "{statements}");
+        assert_untouched(&client).await;
+    }
+}
+
 /// Fails in SQL, and says that all is well.
 struct Swallowing;
 

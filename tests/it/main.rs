@@ -7,8 +7,11 @@ mod programs;
 mod interleaving;
 
 mod cancellation;
+mod commands;
 mod consume;
 mod dump;
+mod enqueue;
+mod misuse;
 mod plans;
 mod process;
 mod produce;

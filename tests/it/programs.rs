@@ -60,6 +60,11 @@ impl Running {
         panic!("the program ended without saying {word:?}:\n{said}");
     }
 
+    /// Takes the reader of its standard error away.
+    pub(crate) fn close_log(&mut self) {
+        drop(self.0.stderr.take());
+    }
+
     /// Ends it at once.
     pub(crate) fn kill(&mut self) {
         self.0.kill().expect("a child can be killed");

@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::Outcome;
 use super::signals::Signals;
-use super::text::table;
+use super::text::{say, table};
 use crate::{Database, Shutdown};
 
 use production::Produced;
@@ -79,7 +79,11 @@ impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         let mut signals = Signals::listen().context("cannot listen for signals")?;
         let documents = texts::read(&self.files, self.words)?;
-        let world = World::create(self.database_url.as_deref()).await?;
+        // The start may be dropped: a private server's guardian removes what is there when this process has ended.
+        let world = tokio::select! {
+            world = World::create(self.database_url.as_deref()) => world?,
+            () = signals.next() => bail!("interrupted"),
+        };
         // The measured work may be dropped at any point: the workers die with it, and the world is removed below.
         let outcome = tokio::select! {
             outcome = self.measure(&world, &documents) => outcome,
@@ -87,7 +91,7 @@ impl Demo {
         };
         let keep = self.keep && outcome.is_ok();
         if keep && !self.json {
-            println!();
+            say!("")?;
         }
         let left = if keep { Some(world.keep()?) } else { world.remove().await.map(|()| None)? };
         if let Some(left) = left {
@@ -121,9 +125,9 @@ impl Demo {
         let stored = world.documents().await?;
         let report = report(&expected, &counted, &produced, kills, elapsed);
         if self.json {
-            println!("{}", serde_json::to_string(&report)?);
+            say!("{}", serde_json::to_string(&report)?)?;
         } else {
-            print(&report);
+            print(&report)?;
         }
         if stored != produced.documents {
             eprintln!("error: {stored} documents stored, {} expected", produced.documents);
@@ -182,7 +186,7 @@ fn report(
     report
 }
 
-fn print(report: &Report) {
+fn print(report: &Report) -> std::io::Result<()> {
     let rows = [
         ("documents", report.documents),
         ("words", report.words),
@@ -192,7 +196,7 @@ fn print(report: &Report) {
         ("doubled", report.doubled),
         ("words a second", report.words_per_second),
     ];
-    println!("{}", table(&[], rows.map(|(name, value)| vec![name.to_owned(), value.to_string()])));
+    say!("{}", table(&[], rows.map(|(name, value)| vec![name.to_owned(), value.to_string()])))
 }
 
 /// A bar on a terminal, nothing elsewhere.

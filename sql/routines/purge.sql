@@ -1,0 +1,37 @@
+-- Purge: a topic without its messages.
+--
+-- Locks, in this order: the head locks of the topic, then the offset locks of all its consumers, each ascending; so it waits
+-- for relays and consumers that are at work there, and none starts behind it. READ COMMITTED only, as for a drop.
+
+create or replace function pgonce.purge_topic(topic text)
+returns setof pgonce.purged
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  target pgonce.topics;
+  answer pgonce.purged;
+begin
+  perform pgonce.require_read_committed('purge_topic');
+  target := pgonce.topic_row(topic);
+  perform from pgonce.partitions p where p.topic_id = target.topic_id order by p.partition for no key update;
+  perform from pgonce.consumer_partitions cp
+  where cp.consumer_id in (select c.consumer_id from pgonce.consumers c where c.topic_id = target.topic_id)
+  order by cp.consumer_id, cp.partition
+  for no key update;
+  delete from pgonce.outbox o where o.topic_id = target.topic_id and o.status in ('PENDING', 'SCHEDULED');
+  get diagnostics answer.unsent = row_count;
+  delete from pgonce.queue q where q.topic_id = target.topic_id;
+  get diagnostics answer.queued = row_count;
+  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
+  select p.consumer_id, p.partition, p.generation + 1, h.next_offset, p.received, p.duplicates
+  from pgonce.consumers c
+  join pgonce.consumer_partitions cp using (consumer_id)
+  cross join lateral pgonce.newest_progress(cp.consumer_id, cp.partition) p
+  join pgonce.partition_heads h on h.topic_id = c.topic_id and h.partition = cp.partition
+  where c.topic_id = target.topic_id;
+  answer.topic := target.topic;
+  return next answer;
+end $$;
+comment on function pgonce.purge_topic is 'Deletes all messages of a topic, sent and unsent, and takes its consumers past them; offsets go on from where they were. Ids of messages that were sent stay known as duplicates. A message of a transaction that is still open is not purged. Answers how many were deleted from outbox and queue. Errors: PO001, PO010 (READ COMMITTED only).';

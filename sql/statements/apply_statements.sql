@@ -1,0 +1,1 @@
+select pgonce.apply_statements($1)

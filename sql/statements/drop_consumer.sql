@@ -1,0 +1,1 @@
+select consumer from pgonce.drop_consumer($1)

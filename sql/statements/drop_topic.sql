@@ -1,0 +1,1 @@
+select topic from pgonce.drop_topic($1)

@@ -1,0 +1,1 @@
+select consumer from pgonce.pause_consumer($1)

@@ -1,0 +1,1 @@
+select topic from pgonce.pause_topic($1)

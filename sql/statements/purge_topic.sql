@@ -1,0 +1,1 @@
+select unsent, queued from pgonce.purge_topic($1)

@@ -1,0 +1,1 @@
+select consumer from pgonce.resume_consumer($1)

@@ -1,0 +1,1 @@
+select topic from pgonce.resume_topic($1)

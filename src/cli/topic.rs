@@ -1,0 +1,210 @@
+//! `pgonce topic`: what messages go through.
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use tokio_postgres::Row;
+use tokio_postgres::types::Type;
+
+use super::Outcome;
+use super::connection::{Connection, Installed};
+use super::text::{confirm, print_json, say, state, table};
+use crate::{Error, TopicSettings, create_topic};
+
+/// Create, look at, pause, purge and delete topics.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  pgonce topic create orders --partitions 16")]
+pub(super) struct Topic {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Create a topic, or check that it is as said.
+    Create {
+        /// Its name, 1 to 255 bytes.
+        topic: String,
+        /// Number of partitions, 1 to 1024; it cannot change later [default: 8].
+        #[arg(long, value_name = "N")]
+        partitions: Option<i32>,
+        /// Largest payload in bytes, up to 67108864 (64 MiB) [default: 1048576].
+        #[arg(long, value_name = "BYTES")]
+        payload_bytes_max: Option<i32>,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// List all topics.
+    List {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Show a topic with its partitions.
+    Show {
+        /// Its name.
+        topic: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Leave a topic alone in the relay; messages can be enqueued all the same.
+    Pause(Named),
+    /// End a pause.
+    Resume(Named),
+    /// Delete all messages of a topic, sent and unsent, and take its consumers past them.
+    Purge(Destroyed),
+    /// Delete a topic with all its messages. Its consumers have to be deleted first.
+    Delete(Destroyed),
+}
+
+#[derive(Debug, Args)]
+struct Named {
+    /// Its name.
+    topic: String,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, Args)]
+struct Destroyed {
+    /// Its name.
+    topic: String,
+    /// Do not ask.
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, Serialize)]
+struct Settings {
+    topic: String,
+    partitions: i32,
+    payload_bytes_max: i32,
+    paused: bool,
+    consumers: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    settings: Settings,
+    heads: Vec<Head>,
+}
+
+#[derive(Debug, Serialize)]
+struct Head {
+    partition: i32,
+    earliest_offset: i64,
+    next_offset: i64,
+    moved: i64,
+}
+
+impl Topic {
+    pub(super) async fn run(self) -> anyhow::Result<Outcome> {
+        match self.action {
+            Action::Create { topic, partitions, payload_bytes_max, connection } => {
+                let installed = connection.installed().await?;
+                let settings = TopicSettings { partitions, payload_bytes_max };
+                create_topic(&*installed.session, installed.schema(), &topic, settings).await?;
+                say!("topic {topic} is there")?;
+            }
+            Action::List { json, connection } => {
+                let topics = settings(&connection.installed().await?, None).await?;
+                if json { print_json(&topics)? } else { print_list(&topics)? }
+            }
+            Action::Show { topic, json, connection } => {
+                let shown = show(&connection.installed().await?, &topic).await?;
+                if json { print_json(&shown)? } else { shown.print()? }
+            }
+            Action::Pause(Named { topic, connection }) => {
+                apply(include_str!("../../sql/statements/pause_topic.sql"), &topic, &connection).await?;
+                say!("topic {topic} is paused")?;
+            }
+            Action::Resume(Named { topic, connection }) => {
+                apply(include_str!("../../sql/statements/resume_topic.sql"), &topic, &connection).await?;
+                say!("topic {topic} goes on")?;
+            }
+            Action::Purge(Destroyed { topic, yes, connection }) => {
+                confirm(&format!("Really delete all messages of topic {topic}?"), yes)?;
+                let rows = apply(include_str!("../../sql/statements/purge_topic.sql"), &topic, &connection).await?;
+                for row in rows {
+                    let (unsent, queued): (i64, i64) = (row.try_get("unsent")?, row.try_get("queued")?);
+                    say!("deleted {unsent} unsent and {queued} queued messages of topic {topic}")?;
+                }
+            }
+            Action::Delete(Destroyed { topic, yes, connection }) => {
+                confirm(&format!("Really delete topic {topic} with all its messages?"), yes)?;
+                apply(include_str!("../../sql/statements/drop_topic.sql"), &topic, &connection).await?;
+                say!("deleted topic {topic}")?;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+async fn apply(statement: &str, topic: &str, connection: &Connection) -> anyhow::Result<Vec<Row>> {
+    Ok(connection.installed().await?.rows(statement, &[(&topic, Type::TEXT)]).await?)
+}
+
+async fn settings(installed: &Installed, topic: Option<&str>) -> Result<Vec<Settings>, Error> {
+    let statement = include_str!("../../sql/statements/topic_settings.sql");
+    let read = |row: &Row| {
+        Ok(Settings {
+            topic: row.try_get("topic")?,
+            partitions: row.try_get("partitions")?,
+            payload_bytes_max: row.try_get("payload_bytes_max")?,
+            paused: row.try_get("paused")?,
+            consumers: row.try_get("consumers")?,
+        })
+    };
+    installed.rows(statement, &[(&topic, Type::TEXT)]).await?.iter().map(read).collect()
+}
+
+async fn show(installed: &Installed, topic: &str) -> anyhow::Result<Shown> {
+    let Some(settings) = settings(installed, Some(topic)).await?.pop() else {
+        bail!("topic {topic:?} does not exist; pgonce topic list shows what there is");
+    };
+    let statement = include_str!("../../sql/statements/topic_partitions.sql");
+    let read = |row: &Row| {
+        Ok(Head {
+            partition: row.try_get("partition")?,
+            earliest_offset: row.try_get("earliest_offset")?,
+            next_offset: row.try_get("next_offset")?,
+            moved: row.try_get("moved")?,
+        })
+    };
+    let heads =
+        installed.rows(statement, &[(&topic, Type::TEXT)]).await?.iter().map(read).collect::<Result<_, Error>>()?;
+    Ok(Shown { settings, heads })
+}
+
+fn print_list(topics: &[Settings]) -> std::io::Result<()> {
+    let rows = topics.iter().map(|topic| {
+        vec![
+            topic.topic.clone(),
+            state(topic.paused),
+            topic.partitions.to_string(),
+            topic.payload_bytes_max.to_string(),
+            topic.consumers.join(", "),
+        ]
+    });
+    say!("{}", table(&["topic", "state", "partitions", "payload bytes", "consumers"], rows))
+}
+
+impl Shown {
+    fn print(&self) -> std::io::Result<()> {
+        print_list(std::slice::from_ref(&self.settings))?;
+        let rows = self.heads.iter().map(|head| {
+            [i64::from(head.partition), head.earliest_offset, head.next_offset, head.moved]
+                .map(|n| n.to_string())
+                .into()
+        });
+        say!("\n{}", table(&["partition", "earliest offset", "next offset", "relayed"], rows))
+    }
+}

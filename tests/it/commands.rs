@@ -1,0 +1,190 @@
+//! The commands that look after topics, consumers and messages.
+
+use pgonce::{Producer, Relay};
+use serde_json::{Value, json};
+use tokio_postgres::Client;
+
+use crate::fixture::TestDatabase;
+use crate::probe::{create, drain, number, word};
+use crate::programs::{outcome, pgonce};
+
+const TOPIC: &str = "words";
+const CONSUMER: &str = "counter";
+
+/// Runs a command on a database to a good end; what it printed.
+fn said(database: &TestDatabase, arguments: &[&str]) -> String {
+    let output = outcome(&[arguments, &["--database-url", &database.url]].concat());
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success(), "{arguments:?}\n{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+fn report(database: &TestDatabase, arguments: &[&str]) -> Value {
+    serde_json::from_str(&said(database, &[arguments, &["--json"]].concat())).expect("JSON")
+}
+
+/// A topic of two partitions with a consumer, and two messages: "sent" has been relayed, "unsent" has not.
+async fn two_messages() -> (TestDatabase, Client) {
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    create(&client, TOPIC, 2, CONSUMER).await;
+    Producer::new(TOPIC).send(&client, &word("a").id("sent")).await.expect("sent");
+    Relay::topic(TOPIC).step(&database.database(1)).await.expect("relayed");
+    Producer::new(TOPIC).send(&client, &word("b").id("unsent")).await.expect("sent");
+    (database, client)
+}
+
+#[tokio::test]
+async fn topics_and_consumers_are_created_shown_paused_and_deleted() {
+    let database = TestDatabase::new().await;
+    said(&database, &["topic", "create", TOPIC, "--partitions", "3"]);
+    said(&database, &["consumer", "create", CONSUMER, "--topic", TOPIC]);
+    said(&database, &["topic", "create", TOPIC, "--payload-bytes-max", "100"]);
+    let topic = json!({
+        "topic": TOPIC, "partitions": 3, "payload_bytes_max": 100, "paused": false, "consumers": [CONSUMER]
+    });
+    assert_eq!(report(&database, &["topic", "list"]), json!([topic]));
+    assert_eq!(report(&database, &["topic", "show", TOPIC])["heads"].as_array().map(Vec::len), Some(3));
+    said(&database, &["topic", "pause", TOPIC]);
+    said(&database, &["consumer", "pause", CONSUMER]);
+    assert_eq!(report(&database, &["topic", "list"])[0]["paused"], true);
+    assert_eq!(report(&database, &["consumer", "list"])[0]["paused"], true);
+    said(&database, &["topic", "resume", TOPIC]);
+    said(&database, &["consumer", "resume", CONSUMER]);
+    assert_eq!(report(&database, &["topic", "list"])[0]["paused"], false);
+    let shown = report(&database, &["consumer", "show", CONSUMER]);
+    assert_eq!((&shown["consumer"], &shown["paused"]), (&json!(CONSUMER), &json!(false)));
+    assert_eq!(shown["partitions"].as_array().map(Vec::len), Some(3));
+
+    let text = said(&database, &["topic", "show", TOPIC]) + &said(&database, &["consumer", "show", CONSUMER]);
+    assert!(text.contains("next offset") && text.contains(CONSUMER), "{text}");
+    said(&database, &["consumer", "delete", CONSUMER, "--yes"]);
+    said(&database, &["topic", "delete", TOPIC, "--yes"]);
+    assert_eq!(report(&database, &["topic", "list"]), json!([]));
+    assert_eq!(report(&database, &["consumer", "list"]), json!([]));
+}
+
+#[tokio::test]
+async fn what_destroys_wants_a_yes() {
+    let (database, client) = two_messages().await;
+    for arguments in [
+        ["topic", "purge", TOPIC, "--database-url", &database.url],
+        ["topic", "delete", TOPIC, "--database-url", &database.url],
+        ["consumer", "delete", CONSUMER, "--database-url", &database.url],
+    ] {
+        let output = outcome(&arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("--yes"), "{arguments:?}");
+    }
+    assert_eq!(number(&client, "select count(*) from pgonce.outbox").await, 2);
+    assert_eq!(number(&client, "select count(*) from pgonce.consumers").await, 1);
+}
+
+#[tokio::test]
+async fn a_message_is_followed_from_the_outbox_to_its_consumers() {
+    let (database, client) = two_messages().await;
+    let unsent = report(&database, &["message", "show", "unsent"]);
+    assert_eq!((&unsent[0]["state"], &unsent[0]["offset"]), (&json!("PENDING"), &Value::Null));
+    assert_eq!(unsent[0]["consumers"][0]["state"], "not sent");
+    let sent = report(&database, &["message", "show", "sent", "--topic", TOPIC, "--payload"]);
+    assert_eq!((&sent[0]["state"], &sent[0]["offset"]), (&json!("SENT"), &json!(1)));
+    assert_eq!(sent[0]["payload"], json!({ "word": "a" }));
+    assert_eq!(sent[0]["consumers"][0]["state"], "waiting");
+
+    said(&database, &["message", "cancel", "unsent", "--topic", TOPIC]);
+    let late = outcome(&["message", "cancel", "sent", "--topic", TOPIC, "--database-url", &database.url]);
+    assert_eq!(late.status.code(), Some(1));
+    let pool = database.database(1);
+    drain(&pool, &Relay::topic(TOPIC), &pgonce::Consumer::word_count(CONSUMER)).await.expect("drained");
+    said(&database, &["consumer", "create", "later", "--topic", TOPIC, "--start-at", "latest"]);
+    let processed = report(&database, &["message", "show", "sent"]);
+    assert_eq!(processed[0]["consumers"][0]["state"], "processed");
+    assert_eq!(processed[0]["consumers"][1]["state"], "passed");
+    assert!(said(&database, &["message", "show", "sent"]).contains("processed"));
+    assert_eq!(number(&client, "select count(*) from pgonce.word_counts").await, 1);
+}
+
+#[tokio::test]
+async fn a_purge_deletes_all_messages_and_offsets_go_on() {
+    let (database, client) = two_messages().await;
+    let text = said(&database, &["topic", "purge", TOPIC, "--yes"]);
+    assert!(text.contains("1 unsent and 1 queued"), "{text}");
+    assert_eq!(report(&database, &["consumer", "list"])[0]["lag"], 0);
+    assert!(Producer::new(TOPIC).send(&client, &word("a").id("sent")).await.expect("answered").was_duplicate);
+    Producer::new(TOPIC).send(&client, &word("a").id("next")).await.expect("sent");
+    let pool = database.database(1);
+    let applied = drain(&pool, &Relay::topic(TOPIC), &pgonce::Consumer::word_count(CONSUMER)).await.expect("drained");
+    assert_eq!(applied, 1);
+    let place = "select \"offset\" from pgonce.queue where message_id = 'next'";
+    assert_eq!(number(&client, place).await, 2, "the key of the message that was purged had offset 1");
+}
+
+#[tokio::test]
+async fn a_check_of_the_status_fails_where_a_message_waits_for_too_long() {
+    let (database, _client) = two_messages().await;
+    let check = |lag: &str| {
+        let output = outcome(&["status", "--check", "--max-lag", lag, "--database-url", &database.url]);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    assert_eq!(check("1h"), (Some(0), String::new()));
+    let (code, text) = check("0s");
+    assert_eq!(code, Some(3));
+    assert!(text.contains("topic words") && text.contains("consumer counter"), "{text}");
+    let text = said(&database, &["status"]);
+    assert!(text.contains("nobody seems to run consumer counter"), "{text}");
+}
+
+#[tokio::test]
+async fn status_names_who_keeps_dead_rows_alive() {
+    let (database, mut client) = two_messages().await;
+    let holder = client.transaction().await.expect("begun");
+    holder
+        .batch_execute("set local application_name = 'forgotten'; select pg_current_xact_id()")
+        .await
+        .expect("an xid");
+    let other = database.connect().await;
+    let held = "select count(*) from pgonce.horizon_holders
+                where application_name = 'forgotten' and state = 'idle in transaction' and transactions >= 0";
+    assert_eq!(number(&other, held).await, 1);
+    holder.rollback().await.expect("let go");
+    assert_eq!(number(&other, held).await, 0);
+}
+
+#[test]
+fn completions_and_manual_pages_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = outcome(&["completions", shell]);
+        assert!(output.status.success());
+        assert!(String::from_utf8_lossy(&output.stdout).contains("enqueue"), "{shell}");
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    assert!(outcome(&["man", directory.path().to_str().expect("text")]).status.success());
+    let page = std::fs::read_to_string(directory.path().join("pgonce-run.1")).expect("a page");
+    assert!(page.contains("graceful"), "{page}");
+    for file in ["pgonce.1", "pgonce-topic-purge.1", "pgonce-message-show.1"] {
+        assert!(directory.path().join(file).is_file(), "{file}");
+    }
+}
+
+#[test]
+fn each_command_shows_an_example() {
+    let help = outcome(&["-h"]);
+    let help = String::from_utf8(help.stdout).expect("text");
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let mut count = 0;
+    // A line that goes on is indented further.
+    let names = commands.filter_map(|line| line.strip_prefix("  ")?.split(' ').next().filter(|name| !name.is_empty()));
+    for command in names.filter(|command| *command != "help") {
+        let text = String::from_utf8(outcome(&[command, "--help"]).stdout).expect("text");
+        assert!(text.contains("Example"), "{command}");
+        count += 1;
+    }
+    assert!(count > 10, "{help}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = pgonce(&["completions", "bash"]).stdout(std::process::Stdio::piped()).spawn().expect("started");
+    drop(child.stdout.take());
+    assert!(child.wait().expect("it ends").success());
+}
