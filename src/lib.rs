@@ -4,6 +4,7 @@ mod error;
 mod message;
 
 mod database;
+mod migrate;
 mod schema;
 
 mod consume;
@@ -27,9 +28,10 @@ pub use consume::{BatchHandler, Consumed, Consumer, Handler, HandlerError};
 pub use database::{Database, Session};
 pub use error::{Error, ErrorKind, Remedy};
 pub use message::{Message, MessageId, Offset, Partition, Received, Sent};
+pub use migrate::{Migration, migrate, migration_sql, planned_migration};
 pub use produce::Producer;
 pub use relay::{Relay, Relayed};
-pub use schema::{Migration, SCHEMA_VERSION, Schema, check_version, migrate};
+pub use schema::{Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Schema, check_version, installed};
 pub use shutdown::Shutdown;
 pub use topic::{StartAt, TopicSettings, create_consumer, create_topic, process_once};
 pub use worker::{Report, Worker};

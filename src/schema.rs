@@ -1,40 +1,24 @@
-//! The schema of pgonce in a database: its name, its version, and how it gets there.
+//! The schema of pgonce in a database: its name, and whether its version is one that this program works with.
 //!
 //! SQL is written in `sql/` with the schema name `pgonce`; a [`Schema`] puts the chosen name in its place, once, when a
-//! text is loaded. Tables come from numbered migrations, which only ever grow at the end. Functions and views belong to
-//! the program: they are replaced whole whenever their text differs from what is installed.
+//! text is loaded.
 //!
-//! Invariant: everything happens in one transaction, behind an advisory lock that is named after the schema. Of many
-//! programs that start at once, one installs and the others find the work done.
+//! Invariant: a program of version N works with the schemas of versions N and N + 1, and with no other. So an upgrade goes
+//! in two steps: first the schema, while programs of the version before still serve it, then the programs.
 
 use std::fmt;
 
+use tokio_postgres::GenericClient;
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, GenericClient, IsolationLevel};
 
 use crate::error::{Error, ErrorKind};
 
-/// Tables, in the order in which they came. The version of a schema is the number of migrations it has seen.
-const MIGRATIONS: &[&str] = &[include_str!("../sql/migrations/0001_tables.sql")];
-
-/// Functions and views, in an order in which each finds what it needs.
-const ROUTINES: &[&str] = &[
-    include_str!("../sql/routines/topic.sql"),
-    include_str!("../sql/routines/enqueue.sql"),
-    include_str!("../sql/routines/relay_bound.sql"),
-    include_str!("../sql/routines/relay_claim.sql"),
-    include_str!("../sql/routines/relay.sql"),
-    include_str!("../sql/routines/views.sql"),
-    include_str!("../sql/routines/consumer.sql"),
-    include_str!("../sql/routines/receive.sql"),
-    include_str!("../sql/routines/inbox.sql"),
-    include_str!("../sql/routines/watch.sql"),
-    include_str!("../sql/routines/purge.sql"),
-];
-
-/// The version of the tables that this program works with.
+/// The version of the schema that this program installs.
 pub const SCHEMA_VERSION: i32 = 1;
-const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize, "one migration for each version");
+
+/// The newest version of the schema that this program works with. A function keeps its name, arguments and result for one
+/// version after the one in which they were to change, so programs go on while the next version is being rolled out.
+pub const SCHEMA_VERSION_MAX: i32 = SCHEMA_VERSION + 1;
 
 /// Longest identifier that PostgreSQL keeps whole, in bytes.
 const NAME_BYTES_MAX: usize = 63;
@@ -86,76 +70,8 @@ impl fmt::Display for Schema {
     }
 }
 
-/// What [`migrate`] did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Migration {
-    /// The schema was created.
-    Created,
-    /// The tables were brought from an older version, or the functions from another text, to those of this program.
-    Upgraded {
-        /// The version that was found.
-        from: i32,
-    },
-    /// Nothing was to do.
-    Current,
-}
-
-/// Creates or upgrades the schema in one transaction. Safe to call from many programs at once, and at every start: where
-/// nothing is to do it only reads. It also lifts the sequence of the outbox where that fell behind, as on a logical replica
-/// that was promoted: call it there before the first producer writes.
-///
-/// The role needs the right to create schemas in the database, or to own the schema if it is there already; no
-/// superuser and no extension.
-///
-/// # Errors
-///
-/// [`ErrorKind::SchemaTooNew`] if the schema comes from a newer program; errors of the database.
-pub async fn migrate(client: &mut Client, schema: &Schema) -> Result<Migration, Error> {
-    let routines: Vec<String> = ROUTINES.iter().map(|text| schema.sql(text)).collect();
-    let digest = digest_of(client, &routines.concat()).await?;
-    if let Some(installed) = installed(client, schema).await? {
-        refuse_newer(&installed)?;
-        if installed.is_current(&digest) {
-            client.query_typed(&schema.sql(include_str!("../sql/statements/restore_sequence.sql")), &[]).await?;
-            return Ok(Migration::Current);
-        }
-    }
-
-    let transaction = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
-    transaction.batch_execute(include_str!("../sql/statements/migration_settings.sql")).await?;
-    transaction
-        .query_typed(include_str!("../sql/statements/migration_lock.sql"), &[(&schema.name(), Type::TEXT)])
-        .await?;
-    let found = installed(&transaction, schema).await?;
-    if let Some(installed) = &found {
-        refuse_newer(installed)?;
-        if installed.is_current(&digest) {
-            return Ok(Migration::Current);
-        }
-    } else {
-        create_schema(&transaction, schema).await?;
-    }
-    for migration in &MIGRATIONS[found.as_ref().map_or(0, Installed::migrations_seen)..] {
-        transaction.batch_execute(&schema.sql(migration)).await?;
-    }
-    for text in &routines {
-        transaction.batch_execute(text).await?;
-    }
-    transaction
-        .query_typed(
-            &schema.sql(include_str!("../sql/statements/record_version.sql")),
-            &[(&SCHEMA_VERSION, Type::INT4), (&env!("CARGO_PKG_VERSION"), Type::TEXT), (&digest, Type::TEXT)],
-        )
-        .await?;
-    transaction.commit().await?;
-    tracing::debug!(schema.name = schema.name(), schema.version = SCHEMA_VERSION, "installed the schema");
-    Ok(match found {
-        Some(installed) => Migration::Upgraded { from: installed.version },
-        None => Migration::Created,
-    })
-}
-
-/// Checks that the schema is there in the version of this program.
+/// Checks that the schema is there in a version that this program works with: [`SCHEMA_VERSION`] or, while programs are being
+/// replaced by newer ones, [`SCHEMA_VERSION_MAX`].
 ///
 /// # Errors
 ///
@@ -169,49 +85,55 @@ pub async fn check_version<C: GenericClient>(client: &C, schema: &Schema) -> Res
         )
         .with_hint("Install it with: pgonce init."));
     };
-    refuse_newer(&installed)?;
+    installed.refuse_newer()?;
     if installed.version < SCHEMA_VERSION {
         return Err(Error::new(
             ErrorKind::SchemaTooOld,
-            format!("the schema has version {}, this program works with {SCHEMA_VERSION}", installed.version),
+            format!(
+                "the schema has version {}, this program works with {SCHEMA_VERSION} and {SCHEMA_VERSION_MAX}",
+                installed.version
+            ),
         )
-        .with_hint("Upgrade it with: pgonce init."));
+        .with_hint("Upgrade it with: pgonce migrate."));
     }
     Ok(())
 }
 
-struct Installed {
-    version: i32,
-    program: String,
-    digest: String,
+/// What is installed in a schema.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Installed {
+    /// The version of the schema.
+    pub version: i32,
+    /// The version of the program that installed it, or replaced its functions last.
+    pub program: String,
+    /// What its functions and views are, as a digest.
+    pub(crate) digest: String,
 }
 
 impl Installed {
-    fn is_current(&self, digest: &str) -> bool {
-        self.version == SCHEMA_VERSION && self.digest == digest
-    }
-
-    /// How many of [`MIGRATIONS`] are behind it.
-    fn migrations_seen(&self) -> usize {
-        usize::try_from(self.version).unwrap_or(0).min(MIGRATIONS.len())
+    /// Refuses a version beyond [`SCHEMA_VERSION_MAX`].
+    pub(crate) fn refuse_newer(&self) -> Result<(), Error> {
+        if self.version <= SCHEMA_VERSION_MAX {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::SchemaTooNew,
+            format!(
+                "the schema has version {} (of pgonce {}), this program works with {SCHEMA_VERSION} and {SCHEMA_VERSION_MAX}",
+                self.version, self.program
+            ),
+        )
+        .with_hint(format!("Use pgonce {} or later.", self.program)))
     }
 }
 
-fn refuse_newer(installed: &Installed) -> Result<(), Error> {
-    if installed.version <= SCHEMA_VERSION {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::SchemaTooNew,
-        format!(
-            "the schema has version {} (of pgonce {}), this program works with {SCHEMA_VERSION}",
-            installed.version, installed.program
-        ),
-    )
-    .with_hint(format!("Use pgonce {} or later.", installed.program)))
-}
-
-async fn installed<C: GenericClient>(client: &C, schema: &Schema) -> Result<Option<Installed>, Error> {
+/// Reads what is installed; nothing where the schema is not there.
+///
+/// # Errors
+///
+/// Errors of the database.
+pub async fn installed<C: GenericClient>(client: &C, schema: &Schema) -> Result<Option<Installed>, Error> {
     let is_there: bool = client
         .query_typed_one(include_str!("../sql/statements/versions_exist.sql"), &[(&schema.name(), Type::TEXT)])
         .await?
@@ -228,23 +150,6 @@ async fn installed<C: GenericClient>(client: &C, schema: &Schema) -> Result<Opti
         })
     })
     .transpose()
-}
-
-async fn create_schema<C: GenericClient>(client: &C, schema: &Schema) -> Result<(), Error> {
-    // A role that may not create schemas can be given an empty one: CREATE SCHEMA IF NOT EXISTS would refuse it.
-    let is_there: bool = client
-        .query_typed_one(include_str!("../sql/statements/schema_exists.sql"), &[(&schema.name(), Type::TEXT)])
-        .await?
-        .try_get("schema_exists")?;
-    if !is_there {
-        client.batch_execute(&schema.sql(include_str!("../sql/statements/create_schema.sql"))).await?;
-    }
-    Ok(())
-}
-
-async fn digest_of<C: GenericClient>(client: &C, text: &str) -> Result<String, Error> {
-    let row = client.query_typed_one(include_str!("../sql/statements/digest.sql"), &[(&text, Type::TEXT)]).await?;
-    Ok(row.try_get("digest")?)
 }
 
 #[cfg(test)]

@@ -13,12 +13,14 @@ create table pgonce.schema_versions (
   version integer primary key check (version > 0),
   program text not null,
   routines_digest text not null,
+  routines text[] not null,
   installed_at timestamptz not null default clock_timestamp()
 );
 comment on table pgonce.schema_versions is 'One row for each version of this schema that was installed here; the highest is in force.';
 comment on column pgonce.schema_versions.version is 'Version of the tables; rises by one with each migration.';
 comment on column pgonce.schema_versions.program is 'Version of the pgonce program or library that installed it.';
 comment on column pgonce.schema_versions.routines_digest is 'SHA-256 of the functions and views in force, in hex: a program with others installs its own.';
+comment on column pgonce.schema_versions.routines is 'Names of these functions and views: what an upgrade replaces or drops.';
 comment on column pgonce.schema_versions.installed_at is 'When it was installed, or its functions were last replaced.';
 
 -- Topics and the outbox ------------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ impl Connection {
         }
     }
 
+    /// Whether a database is given at all.
+    pub(super) fn is_given(&self) -> bool {
+        self.database_url.is_some() || self.database_url_file.is_some()
+    }
+
     /// Opens a pool of up to `connections_max` connections.
     pub(super) fn open(&self, connections_max: usize) -> anyhow::Result<Database> {
         Ok(Database::connect(&self.url()?, self.schema.clone().unwrap_or_default(), connections_max)?)

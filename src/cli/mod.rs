@@ -8,14 +8,15 @@ mod connection;
 mod consumer;
 mod demo;
 mod enqueue;
-mod init;
 mod manual;
 mod message;
+mod migrate;
 mod run;
 mod signals;
 mod status;
 mod text;
 mod topic;
+mod version;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -48,7 +49,8 @@ enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Init(init::Init),
+    #[command(visible_alias = "init")]
+    Migrate(migrate::Migrate),
     Run(run::Run),
     Relay(run::RelayOnly),
     Consume(run::Consume),
@@ -60,6 +62,7 @@ enum Command {
     Demo(demo::Demo),
     Completions(manual::Completions),
     Man(manual::Man),
+    Version(version::Version),
 }
 
 /// What is logged where `RUST_LOG` says nothing. The pool reports each broken connection that a stage reports as well.
@@ -114,7 +117,7 @@ pub fn main() -> ExitCode {
 impl Command {
     async fn run(self) -> anyhow::Result<Outcome> {
         match self {
-            Self::Init(command) => command.run().await,
+            Self::Migrate(command) => command.run().await,
             Self::Run(command) => command.run().await,
             Self::Relay(command) => command.run().await,
             Self::Consume(command) => command.run().await,
@@ -124,6 +127,7 @@ impl Command {
             Self::Consumer(command) => command.run().await,
             Self::Message(command) => command.run().await,
             Self::Demo(command) => command.run().await,
+            Self::Version(command) => command.run().await,
             Self::Completions(command) => command.run(),
             Self::Man(command) => command.run(),
         }

@@ -14,6 +14,7 @@ const FLOORS: &[&[&str]] = &[
     &["error"],
     &["message"],
     &["schema"],
+    &["migrate"],
     &["database"],
     &["produce", "relay", "consume", "topic"],
     &["shutdown"],

@@ -71,9 +71,9 @@ impl<'a> Bench<'a> {
     }
 
     async fn install(&self, routines: &str) {
-        let settings = include_str!("../../../sql/statements/migration_settings.sql");
+        let opening = include_str!("../../../sql/install/open.sql");
         self.client
-            .batch_execute(&format!("begin; {settings}; {routines}; commit"))
+            .batch_execute(&format!("begin; {opening} {routines}; commit"))
             .await
             .expect("routines without a guard are still valid");
     }
