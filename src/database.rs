@@ -12,22 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::{Hook, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
-use tokio::sync::mpsc;
-use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
-use tokio_util::task::AbortOnDropHandle;
+use tokio_postgres::Client;
 
+use crate::connect::{self, Listener, Target};
 use crate::error::{Error, ErrorKind};
 use crate::schema::Schema;
 
-/// How long to wait for a connection of the pool, and for a new one to open.
-const CONNECT_WAIT_MAX: Duration = Duration::from_secs(10);
-/// How long a connection may be silent before the kernel asks whether the other side still lives.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-/// How long sent data may stay unacknowledged before the connection counts as lost.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Longest `application_name` that PostgreSQL keeps whole, in bytes.
-const APPLICATION_NAME_BYTES_MAX: usize = 63;
+/// How long to wait for a connection of the pool.
+const POOL_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// A database in which the schema of pgonce is, or will be, installed. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -35,36 +27,70 @@ pub struct Database {
     pool: Pool,
     schema: Schema,
     /// How to connect outside of the pool; unknown where the pool is the caller's.
-    config: Option<Arc<Config>>,
+    target: Option<Arc<Target>>,
 }
 
 impl Database {
     /// Uses a pool of yours. A [`Worker`](crate::Worker) on it cannot listen for notifications, and asks more often.
     #[must_use]
     pub fn new(pool: Pool, schema: Schema) -> Self {
-        Self { pool, schema, config: None }
+        Self { pool, schema, target: None }
     }
 
-    /// Opens a pool of up to `connections_max` connections, without TLS. Connections are made when they are needed.
+    /// Makes a pool of up to `connections_max` connections, which are opened when they are needed.
+    ///
+    /// The text is a URL (`postgresql://user@host:5432/database?sslmode=verify-full`) or keywords and values
+    /// (`host=db user=app sslmode=verify-full`), and means what it means to libpq:
+    ///
+    /// * `host`, `hostaddr`, `port`: one or several, separated by commas. They are tried in their order (or by
+    ///   `load_balance_hosts=random`), each for `connect_timeout` seconds, 10 if nothing is said. A host that begins with
+    ///   a slash is the directory of a Unix socket, on which TLS is not used; without any it is that of this machine's
+    ///   server. `target_session_attrs=read-write` passes over servers that are read-only.
+    /// * `dbname`, `user`, `password`, `options`, `application_name` (`pgonce` if nothing is said).
+    /// * `passfile`: where passwords are looked up, `~/.pgpass` if nothing is said. A file that others may read is not
+    ///   used.
+    /// * `sslmode`: `disable`, `prefer` (the default), `require`, `verify-ca` or `verify-full`. Only the last one is safe
+    ///   against somebody in between; `prefer` may end up without TLS.
+    /// * `sslrootcert`: the file with the certificates that the server's is verified by, or `system` for those that the
+    ///   operating system trusts. `~/.postgresql/root.crt` counts if nothing is said and it is there; then, or where a
+    ///   file is named, `require` verifies as `verify-ca` does.
+    /// * `sslcert`, `sslkey`: certificate and key of the client, `~/.postgresql/postgresql.crt` and `.key` if nothing is
+    ///   said and they are there. The key is not encrypted, and only its owner may read it.
+    /// * `channel_binding`, `sslnegotiation`, `keepalives`, `keepalives_idle` (30 s if nothing is said),
+    ///   `keepalives_interval`, `keepalives_count`, `tcp_user_timeout` (30,000 ms if nothing is said).
+    ///
+    /// Where the text leaves them out, `PGPASSWORD`, `PGPASSFILE`, `PGSSLMODE`, `PGSSLROOTCERT`, `PGSSLCERT`, `PGSSLKEY`,
+    /// `PGTARGETSESSIONATTRS` and `PGAPPNAME` of the environment count; no other variable does. Any other parameter is an
+    /// error. Unlike with libpq, the alternative names of a server's certificate have to hold its name (a common name is
+    /// not enough), `prefer` does not send a password that was refused again without TLS, and there are no revocation
+    /// lists. Files are read here, once.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Invalid`] if the URL cannot be read.
+    /// [`ErrorKind::Invalid`] if the text cannot be read, has a parameter or a value that it cannot have, or names a file
+    /// that cannot be used.
     pub fn connect(url: &str, schema: Schema, connections_max: usize) -> Result<Self, Error> {
-        let mut config: Config = url.parse().map_err(|error: tokio_postgres::Error| {
-            Error::new(ErrorKind::Invalid, "the database URL cannot be read")
-                .with_hint("It looks like postgresql://user@host:5432/database, or host=... user=... dbname=....")
-                .with_source(error)
-        })?;
-        if config.get_application_name().is_none() {
-            config.application_name("pgonce");
-        }
-        if config.get_connect_timeout().is_none() {
-            config.connect_timeout(CONNECT_WAIT_MAX);
-        }
-        config.keepalives_idle(KEEPALIVE_IDLE);
-        config.tcp_user_timeout(TCP_USER_TIMEOUT);
-        Ok(Self { pool: pool_of(config.clone(), connections_max)?, schema, config: Some(Arc::new(config)) })
+        Self::of(Target::read(url)?, schema, connections_max)
+    }
+
+    fn of(target: Target, schema: Schema, connections_max: usize) -> Result<Self, Error> {
+        let create_timeout = target.wait_max();
+        let config = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_connect(target.config(), target.clone(), config);
+        let pool = Pool::builder(manager)
+            .max_size(connections_max)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(POOL_WAIT_MAX))
+            .create_timeout(Some(create_timeout))
+            .post_create(Hook::sync_fn(|_, _| {
+                tracing::debug!("connected to the database");
+                Ok(())
+            }))
+            .build()
+            .map_err(|error| {
+                Error::new(ErrorKind::Invalid, format!("no pool of {connections_max} connections: {error}"))
+            })?;
+        Ok(Self { pool, schema, target: Some(Arc::new(target)) })
     }
 
     /// The same database, for one stage: with a pool of its own, whose connections say in `application_name` what they are
@@ -74,16 +100,10 @@ impl Database {
     ///
     /// [`ErrorKind::Invalid`] if there can be no such pool.
     pub(crate) fn for_stage(&self, name: &str, connections_max: usize) -> Result<Self, Error> {
-        let Some(config) = &self.config else {
-            return Ok(self.clone());
-        };
-        let mut config = Config::clone(config);
-        config.application_name(stage_name(config.get_application_name().unwrap_or_default(), name));
-        Ok(Self {
-            pool: pool_of(config.clone(), connections_max)?,
-            schema: self.schema.clone(),
-            config: Some(Arc::new(config)),
-        })
+        match &self.target {
+            Some(target) => Self::of(target.for_stage(name), self.schema.clone(), connections_max),
+            None => Ok(self.clone()),
+        }
     }
 
     /// Opens a connection for notifications, where this database was opened by [`connect`](Self::connect).
@@ -92,20 +112,10 @@ impl Database {
     ///
     /// [`ErrorKind::Unavailable`] if the server cannot be reached.
     pub(crate) async fn listener(&self) -> Result<Option<Listener>, Error> {
-        let Some(config) = &self.config else {
-            return Ok(None);
-        };
-        let (client, mut connection) = config.connect(NoTls).await?;
-        let (ring, notifications) = mpsc::channel(1);
-        let task = tokio::spawn(async move {
-            while let Some(Ok(message)) = std::future::poll_fn(|context| connection.poll_message(context)).await {
-                if matches!(message, AsyncMessage::Notification(_)) {
-                    // Where one waits already, a second says nothing more.
-                    let _ = ring.try_send(());
-                }
-            }
-        });
-        Ok(Some(Listener { client, notifications, _task: AbortOnDropHandle::new(task) }))
+        match &self.target {
+            Some(target) => target.listener().await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The schema that pgonce has in this database.
@@ -123,58 +133,10 @@ impl Database {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] if there is none within 10 s, or the server cannot be reached.
+    /// [`ErrorKind::Unavailable`] if none is free within 10 s, or no host can be reached in its `connect_timeout`.
+    /// [`ErrorKind::Database`] if the server does not let us in.
     pub async fn session(&self) -> Result<Session, Error> {
-        Ok(Session { connection: Some(self.pool.get().await?) })
-    }
-}
-
-fn pool_of(config: Config, connections_max: usize) -> Result<Pool, Error> {
-    let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
-    Pool::builder(manager)
-        .max_size(connections_max)
-        .runtime(Runtime::Tokio1)
-        .wait_timeout(Some(CONNECT_WAIT_MAX))
-        .create_timeout(Some(CONNECT_WAIT_MAX))
-        .post_create(Hook::sync_fn(|_, _| {
-            tracing::debug!("connected to the database");
-            Ok(())
-        }))
-        .build()
-        .map_err(|error| Error::new(ErrorKind::Invalid, format!("no pool of {connections_max} connections: {error}")))
-}
-
-/// `application_name` of a stage's connections: what PostgreSQL keeps of it, cut between two characters.
-fn stage_name(program: &str, stage: &str) -> String {
-    let mut name = format!("{program} {stage}");
-    while name.len() > APPLICATION_NAME_BYTES_MAX {
-        name.pop();
-    }
-    name
-}
-
-/// A connection of its own that hears notifications. It closes when dropped.
-#[derive(Debug)]
-pub(crate) struct Listener {
-    client: Client,
-    notifications: mpsc::Receiver<()>,
-    _task: AbortOnDropHandle<()>,
-}
-
-impl Listener {
-    /// For the LISTEN.
-    pub(crate) fn client(&self) -> &Client {
-        &self.client
-    }
-
-    /// Waits for the next notification.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Unavailable`] when the connection has ended.
-    pub(crate) async fn notification(&mut self) -> Result<(), Error> {
-        let closed = || Error::new(ErrorKind::Unavailable, "the connection that listens was closed");
-        self.notifications.recv().await.ok_or_else(closed)
+        Ok(Session { connection: Some(self.pool.get().await.map_err(connect::failed)?) })
     }
 }
 

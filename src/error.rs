@@ -170,9 +170,9 @@ impl From<tokio_postgres::Error> for Error {
         let kind = kind_of(reported.code());
         let hint = match kind {
             ErrorKind::SchemaMissing => Some("Install the schema of pgonce first: pgonce init.".to_owned()),
-            ErrorKind::Unavailable if *reported.code() == SqlState::READ_ONLY_SQL_TRANSACTION => Some(
-                "The server is read-only, as a replica is: connect to the primary, or name all hosts and add \
-                 target_session_attrs=read-write."
+            _ if reported.code() == &SqlState::READ_ONLY_SQL_TRANSACTION => Some(
+                "The server is read-only, a standby perhaps. Among several hosts, target_session_attrs=read-write finds \
+                 the one that is not."
                     .to_owned(),
             ),
             _ => reported.hint().map(str::to_owned),
@@ -180,15 +180,6 @@ impl From<tokio_postgres::Error> for Error {
         let mut converted = Self::new(kind, reported.message().to_owned()).with_source(error);
         converted.0.hint = hint;
         converted
-    }
-}
-
-impl From<deadpool_postgres::PoolError> for Error {
-    fn from(error: deadpool_postgres::PoolError) -> Self {
-        match error {
-            deadpool_postgres::PoolError::Backend(error) => error.into(),
-            other => Self::new(ErrorKind::Unavailable, format!("no connection from the pool: {other}")),
-        }
     }
 }
 

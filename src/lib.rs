@@ -3,6 +3,7 @@
 mod error;
 mod message;
 
+mod connect;
 mod database;
 mod migrate;
 mod schema;

@@ -8,6 +8,7 @@ mod interleaving;
 
 mod cancellation;
 mod commands;
+mod connect;
 mod consume;
 mod dump;
 mod enqueue;

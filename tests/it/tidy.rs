@@ -13,7 +13,7 @@ use crate::programs::{Running, pgonce};
 const FLOORS: &[&[&str]] = &[
     &["error"],
     &["message"],
-    &["schema"],
+    &["schema", "connect"],
     &["migrate"],
     &["database"],
     &["produce", "relay", "consume", "topic"],
