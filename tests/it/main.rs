@@ -14,6 +14,7 @@ mod dump;
 mod enqueue;
 mod migrate;
 mod misuse;
+mod pgbouncer;
 mod plans;
 mod process;
 mod produce;

@@ -1,5 +1,7 @@
 //! Connections as libpq has them: TLS, client certificates, the password file, several hosts, PgBouncer.
 
+mod hosts;
+mod impostor;
 mod server;
 
 use std::os::unix::fs::PermissionsExt;

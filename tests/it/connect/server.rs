@@ -55,7 +55,7 @@ impl TlsServer {
 
     fn start() -> Self {
         let (authority, authority_pem) = authority("the authority of the tests");
-        let (private, port) = listening(&[]);
+        let (private, port) = listening();
         let data = private.directory().join("data");
         let mut params = CertificateParams::new([NAME.to_owned(), "127.0.0.1".to_owned()]).expect("names");
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
@@ -105,6 +105,11 @@ impl TlsServer {
         format!("postgresql://{role}@{host}:{}/pgonce?hostaddr=127.0.0.1&{parameters}", self.port)
     }
 
+    /// The directory of its Unix socket.
+    pub(super) fn directory(&self) -> &Path {
+        self.private.directory()
+    }
+
     pub(super) fn port(&self) -> u16 {
         self.port
     }
@@ -145,15 +150,14 @@ impl Files {
 }
 
 /// A server that listens on a free TCP port.
-fn listening(settings: &[(&str, &str)]) -> (PrivateServer, u16) {
+fn listening() -> (PrivateServer, u16) {
     for _ in 0..STARTS_MAX {
         let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = free.local_addr().expect("it is bound").port();
         drop(free);
-        let mut all =
-            vec![("listen_addresses".to_owned(), "127.0.0.1".to_owned()), ("port".to_owned(), port.to_string())];
-        all.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        if let Ok(private) = PrivateServer::start(&Options { settings: all }) {
+        let settings = [("listen_addresses", "127.0.0.1"), ("port", &port.to_string())];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        if let Ok(private) = PrivateServer::start(&Options { settings }) {
             return (private, port);
         }
     }
