@@ -52,6 +52,8 @@ pub enum ErrorKind {
     SchemaTooOld,
     /// The schema is of a newer version than this program.
     SchemaTooNew,
+    /// The role has not been granted what it needs (`42501`).
+    Denied,
     /// A payload is not the JSON that was expected, or holds `\u0000`, which PostgreSQL cannot store.
     Payload,
     /// A handler failed.
@@ -89,6 +91,7 @@ impl ErrorKind {
             | Self::SchemaMissing
             | Self::SchemaTooOld
             | Self::SchemaTooNew
+            | Self::Denied
             | Self::Database => Remedy::Operator,
             Self::Invalid
             | Self::TooLarge
@@ -175,6 +178,7 @@ impl From<tokio_postgres::Error> for Error {
                  the one that is not."
                     .to_owned(),
             ),
+            ErrorKind::Denied => Some("The role lacks a right that it needs here: see Roles in the README.".to_owned()),
             _ => reported.hint().map(str::to_owned),
         };
         let mut converted = Self::new(kind, reported.message().to_owned()).with_source(error);
@@ -200,6 +204,8 @@ fn kind_of(code: &SqlState) -> ErrorKind {
         "40001" | "40P01" | "55P03" => ErrorKind::Contention,
         // invalid_schema_name, undefined_function
         "3F000" | "42883" => ErrorKind::SchemaMissing,
+        // insufficient_privilege
+        "42501" => ErrorKind::Denied,
         // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, read_only_sql_transaction
         "53300" | "57P01" | "57P02" | "57P03" | "25006" => ErrorKind::Unavailable,
         // character_not_in_repertoire, numeric_value_out_of_range, invalid_text_representation, untranslatable_character

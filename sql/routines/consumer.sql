@@ -26,7 +26,7 @@ create or replace function pgonce.create_consumer(
   topic text default null,
   start_at text default 'earliest')
 returns setof pgonce.consumers
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -85,7 +85,7 @@ comment on function pgonce.create_consumer is 'Creates the consumer, or checks t
 
 create or replace function pgonce.drop_consumer(consumer text)
 returns setof pgonce.consumers
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -112,7 +112,7 @@ comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets
 
 create or replace function pgonce.pause_consumer(consumer text)
 returns setof pgonce.consumers
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -124,7 +124,7 @@ comment on function pgonce.pause_consumer is 'receive returns nothing from its n
 
 create or replace function pgonce.resume_consumer(consumer text)
 returns setof pgonce.consumers
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

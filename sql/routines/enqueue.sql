@@ -100,7 +100,7 @@ create or replace function pgonce.enqueue(
   headers jsonb default null,
   deliver_at timestamptz default null)
 returns setof pgonce.enqueued
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -144,7 +144,7 @@ create or replace function pgonce.enqueue_many(
   headers jsonb[] default null,
   deliver_at timestamptz[] default null)
 returns setof pgonce.enqueued_item
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
@@ -208,7 +208,7 @@ comment on function pgonce.enqueue_many is 'Puts up to 10000 messages into the o
 
 create or replace function pgonce.cancel(topic text, message_id text)
 returns setof pgonce.cancelled
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

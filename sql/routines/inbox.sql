@@ -5,7 +5,7 @@
 
 create or replace function pgonce.process_once(consumer text, message_id text)
 returns setof pgonce.processed
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

@@ -5,7 +5,7 @@
 
 create or replace function pgonce.purge_topic(topic text)
 returns setof pgonce.purged
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

@@ -10,7 +10,8 @@
 -- effect would be computed from the state before, and silently lost, while the offset moves on. So receive is a STABLE
 -- wrapper that reads the newest generations of progress in the caller's snapshot and hands them to a VOLATILE part,
 -- which reads them again once it has the lock, and leaves alone a partition where they differ: no rows, and the next
--- statement sees it all. Above READ COMMITTED both see the same; there the insert of the next generation gets 40001.
+-- statement sees it all. The wrapper has neither SECURITY DEFINER nor SET, with which it could not be inlined: the two
+-- functions that it calls have both. Above READ COMMITTED both see the same; there the insert of the next generation gets 40001.
 --
 -- A statement that runs receive twice. Where an UPDATE has waited for another session's, PostgreSQL evaluates its row
 -- again, with the subqueries in it: a `received` that is not MATERIALIZED would be received again, and what came first
@@ -59,7 +60,7 @@ comment on function pgonce.newest_progress is 'Internal: the generation of a con
 
 create or replace function pgonce.seen_progress(consumer text, partition integer)
 returns bigint[]
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
@@ -118,7 +119,7 @@ comment on function pgonce.known_ids is 'Internal: which ids in a run of offsets
 create or replace function pgonce.receive_seen(
   consumer text, max integer, partition integer, max_bytes bigint, seen bigint[])
 returns setof pgonce.received
-language plpgsql volatile rows 1000
+language plpgsql volatile rows 1000 security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -276,7 +277,7 @@ create or replace function pgonce.open_batch(
   partition integer default null,
   max_bytes bigint default 8388608)
 returns bigint
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

@@ -194,7 +194,7 @@ create or replace function pgonce.relay(
   max integer default 1000,
   max_bytes bigint default 8388608)
 returns setof pgonce.relayed
-language plpgsql volatile
+language plpgsql volatile security definer
 -- The functions that it calls inherit these: names are found in pg_catalog only, and plans do not hang on statistics.
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan

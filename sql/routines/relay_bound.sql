@@ -91,7 +91,7 @@ comment on function pgonce.advance_bound is 'Internal: the head with the bound f
 
 create or replace function pgonce.restore_sequence()
 returns bigint
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare

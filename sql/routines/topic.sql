@@ -40,7 +40,7 @@ create or replace function pgonce.create_topic(
   partitions integer default null,
   payload_bytes_max integer default null)
 returns setof pgonce.topics
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -95,7 +95,7 @@ comment on function pgonce.create_topic is 'Creates the topic, or checks that it
 
 create or replace function pgonce.drop_topic(topic text)
 returns setof pgonce.topics
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -130,7 +130,7 @@ comment on function pgonce.drop_topic is 'Drops the topic with all its messages,
 
 create or replace function pgonce.pause_topic(topic text)
 returns setof pgonce.topics
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -142,7 +142,7 @@ comment on function pgonce.pause_topic is 'The relay leaves the topic alone from
 
 create or replace function pgonce.resume_topic(topic text)
 returns setof pgonce.topics
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

@@ -29,7 +29,7 @@ comment on function pgonce.end_watch is 'Internal: wakes whoever watches, when t
 
 create or replace function pgonce.watch(topics text[], consumers text[], milliseconds integer)
 returns setof pgonce.due
-language plpgsql volatile
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off

@@ -5,23 +5,26 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use tokio_postgres::types::Type;
 
-use super::config::Config;
+use super::config::{Config, ConsumerEntry, Topic};
 use super::connection::Connection;
 use super::signals::Signals;
 use super::text::say;
 use super::{Outcome, Usage};
 use crate::embedded::{Options, PrivateServer};
-use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, create_consumer, create_topic, migrate};
+use crate::{
+    Database, Schema, Session, Shutdown, TopicSettings, Worker, check_version, create_consumer, create_topic, migrate,
+};
 
 /// How long batches may take to finish after the first signal, where nothing else is said.
 const GRACEFUL_STOP_SECONDS: u64 = 30;
 
 /// Run relays and consumers until a signal comes.
 ///
-/// The stages come from a file, from the command line, or from both. Topics and consumers that do not exist are created.
-/// SIGTERM or Ctrl-C finishes the batches at hand; a second signal, or 30 seconds, drops them, and they come again at the
-/// next start.
+/// The stages come from a file, from the command line, or from both. Topics and consumers that do not exist are created,
+/// if the role may do that. SIGTERM or Ctrl-C finishes the batches at hand; a second signal, or 30 seconds, drops them,
+/// and they come again at the next start.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     pgonce run --embedded --word-count counter=words\n  \
@@ -210,7 +213,8 @@ async fn serve(database: Database, config: &Config, shutdown: &Shutdown) -> anyh
     Ok(Outcome::Done)
 }
 
-/// Checks the schema and the connections, and creates what the configuration declares.
+/// Checks the schema and the connections, and creates what the configuration declares. Where all of that is there it only
+/// reads, so that the role of a worker suffices.
 async fn prepare(database: &Database, config: &Config, connections: usize) -> anyhow::Result<()> {
     let session = database.session().await?;
     let schema = database.schema();
@@ -231,14 +235,38 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
         );
     }
     for topic in &config.topics {
-        let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
-        create_topic(&*session, schema, &topic.name, settings).await?;
+        if !topic_is_there(&session, schema, topic).await? {
+            let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
+            create_topic(&*session, schema, &topic.name, settings).await?;
+        }
     }
     for consumer in &config.consumers {
-        create_consumer(&*session, schema, &consumer.name, Some(&consumer.topic), consumer.start_at.into()).await?;
+        if !consumer_is_there(&session, schema, consumer).await? {
+            create_consumer(&*session, schema, &consumer.name, Some(&consumer.topic), consumer.start_at.into()).await?;
+        }
     }
     session.give_back();
     Ok(())
+}
+
+async fn topic_is_there(session: &Session, schema: &Schema, topic: &Topic) -> Result<bool, crate::Error> {
+    let row = session
+        .query_typed_one(
+            &schema.sql(include_str!("../../sql/statements/topic_is_there.sql")),
+            &[(&topic.name, Type::TEXT), (&topic.partitions, Type::INT4), (&topic.payload_bytes_max, Type::INT4)],
+        )
+        .await?;
+    Ok(row.try_get("is_there")?)
+}
+
+async fn consumer_is_there(session: &Session, schema: &Schema, consumer: &ConsumerEntry) -> Result<bool, crate::Error> {
+    let row = session
+        .query_typed_one(
+            &schema.sql(include_str!("../../sql/statements/consumer_is_there.sql")),
+            &[(&consumer.name, Type::TEXT), (&consumer.topic, Type::TEXT)],
+        )
+        .await?;
+    Ok(row.try_get("is_there")?)
 }
 
 fn parse_pair(text: &str) -> Result<(String, String), String> {

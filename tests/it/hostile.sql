@@ -42,6 +42,19 @@ create function evil.jsonb_typeof(jsonb) returns text language plpgsql as $$ beg
 create function evil.isfinite(timestamptz) returns boolean language plpgsql as $$ begin raise exception 'hijacked by isfinite'; end $$;
 create function evil.generate_series(integer, integer) returns setof integer language plpgsql as $$ begin raise exception 'hijacked by generate_series'; end $$;
 create function evil.gen_random_uuid() returns uuid language plpgsql as $$ begin raise exception 'hijacked by gen_random_uuid'; end $$;
+create function evil.setval(regclass, bigint) returns bigint language plpgsql as $$ begin raise exception 'hijacked by setval'; end $$;
+create function evil.pg_sequence_last_value(regclass) returns bigint language plpgsql as $$ begin raise exception 'hijacked by pg_sequence_last_value'; end $$;
+create function evil.pg_notify(text, text) returns void language plpgsql as $$ begin raise exception 'hijacked by pg_notify'; end $$;
+create function evil.unnest(anyarray) returns setof anyelement language plpgsql as $$ begin raise exception 'hijacked by unnest'; end $$;
+create function evil.pg_snapshot_xip(pg_snapshot) returns setof xid8 language plpgsql as $$ begin raise exception 'hijacked by pg_snapshot_xip'; end $$;
+create function evil.floor(numeric) returns numeric language plpgsql as $$ begin raise exception 'hijacked by floor'; end $$;
+create function evil.quote_ident(text) returns text language plpgsql as $$ begin raise exception 'hijacked by quote_ident'; end $$;
+create function evil.to_regclass(text) returns regclass language plpgsql as $$ begin raise exception 'hijacked by to_regclass'; end $$;
+create function evil.substr(text, integer, integer) returns text language plpgsql as $$ begin raise exception 'hijacked by substr'; end $$;
+create function evil.int8send(bigint) returns bytea language plpgsql as $$ begin raise exception 'hijacked by int8send'; end $$;
+create function evil.uuid_send(uuid) returns bytea language plpgsql as $$ begin raise exception 'hijacked by uuid_send'; end $$;
+create function evil.set_bit(bytea, bigint, integer) returns bytea language plpgsql as $$ begin raise exception 'hijacked by set_bit'; end $$;
+create function evil.format(text) returns text language plpgsql as $$ begin raise exception 'hijacked by format'; end $$;
 create aggregate evil.count(*) (sfunc = int8inc, stype = bigint, initcond = '1000');
 create aggregate evil.max(bigint) (sfunc = int8larger, stype = bigint, initcond = '1000');
 create aggregate evil.min(bigint) (sfunc = int8smaller, stype = bigint, initcond = '-1000');
@@ -97,5 +110,33 @@ create function evil.trap_join(text, text) returns text language plpgsql as $$ b
 create operator evil.|| (function = evil.trap_join, leftarg = text, rightarg = text);
 create function evil.trap_eq(boolean, boolean) returns boolean language plpgsql as $$ begin raise exception 'hijacked by trap_eq'; end $$;
 create operator evil.= (function = evil.trap_eq, leftarg = boolean, rightarg = boolean);
+create function evil.trap_mod(bigint, bigint) returns bigint language plpgsql as $$ begin raise exception 'hijacked by trap_mod'; end $$;
+create operator evil.% (function = evil.trap_mod, leftarg = bigint, rightarg = bigint);
+create function evil.trap_times(numeric, numeric) returns numeric language plpgsql as $$ begin raise exception 'hijacked by trap_times'; end $$;
+create operator evil.* (function = evil.trap_times, leftarg = numeric, rightarg = numeric);
+create function evil.trap_add(bigint, integer) returns bigint language plpgsql as $$ begin raise exception 'hijacked by trap_add'; end $$;
+create operator evil.+ (function = evil.trap_add, leftarg = bigint, rightarg = integer);
+create function evil.trap_take(bigint, integer) returns bigint language plpgsql as $$ begin raise exception 'hijacked by trap_take'; end $$;
+create operator evil.- (function = evil.trap_take, leftarg = bigint, rightarg = integer);
+create function evil.trap_mod(bigint, integer) returns bigint language plpgsql as $$ begin raise exception 'hijacked by trap_mod'; end $$;
+create operator evil.% (function = evil.trap_mod, leftarg = bigint, rightarg = integer);
+create function evil.trap_eq(bigint, integer) returns boolean language plpgsql as $$ begin raise exception 'hijacked by trap_eq'; end $$;
+create operator evil.= (function = evil.trap_eq, leftarg = bigint, rightarg = integer);
+create function evil.trap_gt(bigint, integer) returns boolean language plpgsql as $$ begin raise exception 'hijacked by trap_gt'; end $$;
+create operator evil.> (function = evil.trap_gt, leftarg = bigint, rightarg = integer);
+create function evil.trap_ne(xid, xid) returns boolean language plpgsql as $$ begin raise exception 'hijacked by trap_ne'; end $$;
+create operator evil.<> (function = evil.trap_ne, leftarg = xid, rightarg = xid);
+
+-- What is temporary comes even before that, but for functions and operators.
+create temporary view topics as select * from evil.sprung;
+create temporary view outbox as select * from evil.sprung;
+create temporary view queue as select * from evil.sprung;
+create temporary view heads as select * from evil.sprung;
+create temporary view progress as select * from evil.sprung;
+create temporary view consumers as select * from evil.sprung;
+create temporary view processed_ids as select * from evil.sprung;
+create temporary view duplicate_sends as select * from evil.sprung;
+create temporary sequence outbox_seq start 1000000;
+create temporary sequence watched_until;
 
 set search_path = evil, pg_catalog, public;

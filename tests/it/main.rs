@@ -20,6 +20,7 @@ mod process;
 mod produce;
 mod receive;
 mod relay;
+mod roles;
 mod schema;
 mod tidy;
 mod topic;

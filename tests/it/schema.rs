@@ -199,12 +199,55 @@ async fn sequences_do_not_cache_and_status_is_in_no_index() {
 async fn names_inside_the_functions_are_resolved_by_no_search_path_of_the_caller() {
     let (_database, client) = installed().await;
     // plpgsql reads its text at run time: it needs a path of its own, or that of the function that calls it. SQL
-    // functions are either parsed at creation (no text is kept), or set one too.
+    // functions are either parsed at creation (no text is kept), or set one too. Whatever runs with the owner's rights
+    // can be called from outside.
     let open = "
         select p.proname::text from pg_proc p join pg_language l on l.oid = p.prolang
         where p.pronamespace = 'pgonce'::regnamespace
           and not (l.lanname = 'sql' and p.prosqlbody is not null)
-          and obj_description(p.oid, 'pg_proc') not like 'Internal:%'
+          and (p.prosecdef or obj_description(p.oid, 'pg_proc') not like 'Internal:%')
           and not exists (select from unnest(p.proconfig) c where c = 'search_path=pg_catalog, pg_temp')";
+    assert_eq!(texts(&client, open).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn every_verb_has_the_rights_of_the_owner_but_those_that_are_inlined() {
+    let (_database, client) = installed().await;
+    let with_own_rights = "
+        select p.proname::text from pg_proc p
+        where p.pronamespace = 'pgonce'::regnamespace and not p.prosecdef
+          and obj_description(p.oid, 'pg_proc') not like 'Internal:%'
+        order by 1";
+    assert_eq!(texts(&client, with_own_rights).await, ["new_message_id", "partition_of", "receive"]);
+    let inlined = "
+        select p.proname::text from pg_proc p join pg_language l on l.oid = p.prolang
+        where p.pronamespace = 'pgonce'::regnamespace and l.lanname = 'sql'
+          and not p.prosecdef and p.proconfig is null and p.prosqlbody is not null
+        order by 1";
+    let expected =
+        ["binary_size", "has_ended", "is_watched", "message_fault", "new_message_id", "partition_of", "receive"];
+    assert_eq!(texts(&client, inlined).await, expected);
+}
+
+#[tokio::test]
+async fn nobody_but_the_owner_may_do_anything_until_it_is_granted() {
+    let database = TestDatabase::empty().await;
+    let mut client = database.connect().await;
+    let open = "
+        select p.proname::text from pg_proc p
+        where p.pronamespace = '\"Events\"'::regnamespace and has_function_privilege('public', p.oid, 'execute')
+        union all
+        select c.relname::text from pg_class c
+        where c.relnamespace = '\"Events\"'::regnamespace and case
+          when c.relkind in ('r', 'v') then has_table_privilege('public', c.oid, 'select, insert, update, delete, truncate')
+          when c.relkind = 'S' then has_sequence_privilege('public', c.oid, 'usage, select, update') end
+        union all
+        select 'schema' where has_schema_privilege('public', 'Events', 'usage, create')";
+    let schema = Schema::new("Events").expect("a good name");
+    migrate(&mut client, &schema).await.expect("installed");
+    assert_eq!(texts(&client, open).await, [""; 0]);
+    let upgrade = "update \"Events\".schema_versions set routines_digest = 'another'";
+    client.batch_execute(upgrade).await.expect("another program's functions");
+    migrate(&mut client, &schema).await.expect("installed again");
     assert_eq!(texts(&client, open).await, [""; 0]);
 }

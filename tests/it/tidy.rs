@@ -4,6 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use pgonce::embedded::{Options, PrivateServer};
+use pgonce::{Schema, migrate};
+use tokio_postgres::NoTls;
+
 use crate::fixture::TestDatabase;
 use crate::probe::number;
 use crate::programs::{Running, pgonce};
@@ -304,15 +308,28 @@ fn blocks(markdown: &str, language: &str) -> Vec<String> {
     found
 }
 
-#[tokio::test]
-async fn the_sql_of_the_readme_runs_in_its_order() {
-    let database = TestDatabase::new().await;
-    let client = database.connect().await;
+/// The blocks of SQL in the README, in its order.
+pub(crate) fn sql_of_the_readme() -> Vec<String> {
     let blocks = blocks(&text(&root().join("README.md")), "sql");
     assert!(!blocks.is_empty(), "the README shows no SQL");
-    for block in blocks {
+    blocks
+}
+
+#[tokio::test]
+async fn the_sql_of_the_readme_runs_in_its_order() {
+    // On a server of its own: it creates roles, which all databases of a server share.
+    let start = || PrivateServer::start(&Options::default()).expect("a server starts");
+    let server = tokio::task::spawn_blocking(start).await.expect("no panic");
+    let (mut client, connection) =
+        tokio_postgres::connect(&server.url("pgonce"), NoTls).await.expect("the server accepts connections");
+    let connection = tokio::spawn(connection);
+    migrate(&mut client, &Schema::default()).await.expect("installed");
+    for block in sql_of_the_readme() {
         if let Err(error) = client.batch_execute(&block).await {
             panic!("{:?}\n{block}", error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string));
         }
     }
+    drop(client);
+    connection.await.expect("no panic").expect("it ends with its client");
+    tokio::task::spawn_blocking(move || server.stop()).await.expect("no panic").expect("it stops");
 }
