@@ -7,6 +7,7 @@ mod connect;
 mod database;
 mod migrate;
 mod schema;
+pub mod sql;
 
 mod consume;
 mod produce;

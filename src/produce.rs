@@ -12,6 +12,7 @@ use tokio_postgres::types::Type;
 use crate::error::Error;
 use crate::message::{Message, MessageId, Sent};
 use crate::schema::Schema;
+use crate::sql;
 
 /// Messages that go to the server in one statement.
 const STATEMENT_MESSAGES_MAX: usize = 1_000;
@@ -54,9 +55,9 @@ impl Producer {
     pub fn in_schema(topic: impl Into<String>, schema: &Schema) -> Self {
         Self {
             topic: topic.into(),
-            enqueue: schema.sql(include_str!("../sql/statements/enqueue.sql")),
-            enqueue_many: schema.sql(include_str!("../sql/statements/enqueue_many.sql")),
-            cancel: schema.sql(include_str!("../sql/statements/cancel.sql")),
+            enqueue: schema.sql(sql::ENQUEUE),
+            enqueue_many: schema.sql(sql::ENQUEUE_MANY),
+            cancel: schema.sql(sql::CANCEL),
         }
     }
 

@@ -7,6 +7,7 @@ use tokio_postgres::types::Type;
 
 use crate::database::Database;
 use crate::error::Error;
+use crate::sql;
 
 /// Messages that a step moves at the most, where nothing else is said.
 const BATCH_MESSAGES: i32 = 1_000;
@@ -64,7 +65,7 @@ impl Relay {
         let session = database.session().await?;
         let row = session
             .query_typed_one(
-                &database.schema().sql(include_str!("../sql/statements/relay.sql")),
+                &database.schema().sql(sql::RELAY),
                 &[(&self.topic, Type::TEXT), (&self.batch_messages, Type::INT4)],
             )
             .await?;

@@ -5,6 +5,7 @@ use tokio_postgres::types::Type;
 
 use crate::error::Error;
 use crate::schema::Schema;
+use crate::sql;
 
 /// Settings of a topic. What is left out is 8 partitions and payloads up to 1 MiB for a new topic, and stays as it is
 /// for one that exists.
@@ -88,10 +89,7 @@ pub async fn process_once<C: GenericClient>(
     message_id: &str,
 ) -> Result<bool, Error> {
     let row = client
-        .query_typed_one(
-            &schema.sql(include_str!("../sql/statements/process_once.sql")),
-            &[(&consumer, Type::TEXT), (&message_id, Type::TEXT)],
-        )
+        .query_typed_one(&schema.sql(sql::PROCESS_ONCE), &[(&consumer, Type::TEXT), (&message_id, Type::TEXT)])
         .await?;
     let was_duplicate: bool = row.try_get("was_duplicate")?;
     Ok(!was_duplicate)

@@ -15,6 +15,7 @@ use tokio_postgres::{Row, Transaction};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
 use crate::message::{MessageId, Offset, Partition, Received};
+use crate::sql;
 
 use handler::Effect;
 pub use handler::{BatchHandler, Handler, HandlerError};
@@ -147,7 +148,7 @@ impl Batch<'_> {
         let rows = self
             .transaction
             .query_typed(
-                &self.database.schema().sql(include_str!("../../sql/statements/receive.sql")),
+                &self.database.schema().sql(sql::RECEIVE),
                 &[(&self.consumer.name, Type::TEXT), (&self.consumer.batch_messages, Type::INT4)],
             )
             .await?;

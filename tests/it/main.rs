@@ -22,6 +22,7 @@ mod receive;
 mod relay;
 mod roles;
 mod schema;
+mod sql;
 mod tidy;
 mod topic;
 mod upgrade;

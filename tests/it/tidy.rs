@@ -19,7 +19,7 @@ const FLOORS: &[&[&str]] = &[
     &["message"],
     &["schema", "connect"],
     &["migrate"],
-    &["database"],
+    &["database", "sql"],
     &["produce", "relay", "consume", "topic"],
     &["shutdown"],
     &["watch"],
