@@ -1,11 +1,10 @@
 //! The one place for fixtures: a server, and databases on it.
 //!
-//! There is one server a run: the one that `PGONCE_TEST_DATABASE_URL` names, or a private one that ends with the
+//! There is one server a run: the one that `PGONCE_TEST_DATABASE_URL` names; else one in a container, where
+//! `PGONCE_TEST_IMAGE` names an image and a Docker engine answers; else a private one. The last two end with the
 //! process. `DATABASE_URL` is never looked at, because people keep a real one there. Each test makes a [`TestDatabase`]
 //! of its own, so tests run in parallel and see nothing of each other (apart from transaction ids, which a server has
 //! in common).
-
-use std::sync::OnceLock;
 
 use pgonce::embedded::{Options, PrivateServer};
 use pgonce::{Database, Schema, migrate};
@@ -13,13 +12,16 @@ use tokio::sync::OnceCell;
 use tokio_postgres::{Client, NoTls};
 use uuid::Uuid;
 
-/// The server of this run. It is never dropped: its guardian stops it when the process ends.
-static SERVER: OnceLock<Server> = OnceLock::new();
+use crate::docker::Container;
+
+/// The server of this run. It is never dropped: its guardian, or its container's owner, ends it when the process ends.
+static SERVER: OnceCell<Server> = OnceCell::const_new();
 /// Name of a database in which the schema is installed and to which nobody is connected.
 static TEMPLATE: OnceCell<String> = OnceCell::const_new();
 
 struct Server {
     url: String,
+    _container: Option<Container>,
     _private: Option<PrivateServer>,
 }
 
@@ -84,16 +86,19 @@ impl Drop for TestDatabase {
 }
 
 async fn server_url() -> &'static str {
-    let server = tokio::task::spawn_blocking(|| {
-        SERVER.get_or_init(|| {
-            if let Ok(url) = std::env::var("PGONCE_TEST_DATABASE_URL") {
-                return Server { url, _private: None };
-            }
-            let private = PrivateServer::start(&Options::default()).expect("a private PostgreSQL server starts");
-            Server { url: private.url("pgonce"), _private: Some(private) }
-        })
-    });
-    &server.await.expect("the server is there").url
+    &SERVER.get_or_init(start_server).await.url
+}
+
+async fn start_server() -> Server {
+    if let Ok(url) = std::env::var("PGONCE_TEST_DATABASE_URL") {
+        return Server { url, _container: None, _private: None };
+    }
+    if let Some(container) = Container::start().await {
+        return Server { url: container.url.clone(), _container: Some(container), _private: None };
+    }
+    let private = tokio::task::spawn_blocking(|| PrivateServer::start(&Options::default()));
+    let private = private.await.expect("no panic").expect("a private PostgreSQL server starts");
+    Server { url: private.url("pgonce"), _container: None, _private: Some(private) }
 }
 
 /// Makes a database whose sessions do not find the schema of pgonce by themselves: a role of that name would.

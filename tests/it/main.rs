@@ -1,5 +1,6 @@
 //! Tests against a real PostgreSQL: one server a run, a database a test, in parallel, without sleeps.
 
+mod docker;
 mod fixture;
 mod probe;
 mod programs;
@@ -10,6 +11,7 @@ mod cancellation;
 mod commands;
 mod connect;
 mod consume;
+mod container;
 mod dump;
 mod enqueue;
 mod migrate;

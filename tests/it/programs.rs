@@ -65,6 +65,12 @@ impl Running {
         drop(self.0.stderr.take());
     }
 
+    /// Closes its standard input, which was piped, and waits for its end. Blocks.
+    pub(crate) fn release(&mut self) {
+        // Waiting closes it first.
+        let _ = self.0.wait();
+    }
+
     /// Ends it at once.
     pub(crate) fn kill(&mut self) {
         self.0.kill().expect("a child can be killed");

@@ -19,7 +19,8 @@ use crate::probe::{WAIT_MAX, create, drain, eventually, number, numbered, texts,
 
 pub(crate) const TOPIC: &str = "t";
 pub(crate) const CONSUMER: &str = "c";
-const TABLE: &str = "create table applied (id bigint generated always as identity, key text, nth integer not null)";
+pub(crate) const TABLE: &str =
+    "create table applied (id bigint generated always as identity, key text, nth integer not null)";
 pub(crate) const INSERT: &str =
     r#"insert into applied (key, nth) select key, (payload ->> 'nth')::integer from received order by "offset""#;
 pub(crate) const APPLIED: &str = "select count(*) from applied";

@@ -1,0 +1,139 @@
+//! The daemon over a server that goes away: restarted, killed, and cut off from the network, in a container.
+
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use pgonce::{Message, Producer, Schema, migrate};
+use tokio_postgres::{Client, NoTls};
+
+use crate::docker::Container;
+use crate::probe::{create, eventually, number, texts};
+use crate::programs::{Running, pgonce};
+use crate::worker::{APPLIED, CONSUMER, INSERT, OUT_OF_ORDER, TABLE, TOPIC, keyed};
+
+/// How often the server goes away.
+const FAULTS: usize = 3;
+/// Messages that have to pass before it goes away again.
+const BETWEEN_FAULTS: i64 = 60;
+/// Messages of a transaction.
+const AT_ONCE: usize = 5;
+
+/// What the producers of a test have in common.
+#[derive(Default)]
+struct Production {
+    is_over: AtomicBool,
+    /// How often a producer lost its connection.
+    cuts: AtomicUsize,
+}
+
+/// Sends messages of a key until it is told to stop; answers how many. What fails is sent again as it was, since a lost
+/// connection leaves open whether it was committed.
+async fn produce(url: &str, key: &str, production: &Production) -> i64 {
+    let mut client = None;
+    let mut sent = 0;
+    while !production.is_over.load(Ordering::Relaxed) {
+        let messages: Vec<Message> = (sent..sent + AT_ONCE).map(|nth| keyed(key, nth)).collect();
+        eventually("the messages are committed", async || {
+            if client.is_none() {
+                client = connect(url).await;
+            }
+            match send(client.as_mut()?, &messages).await {
+                Ok(()) => Some(()),
+                Err(_lost) => {
+                    client = None;
+                    production.cuts.fetch_add(1, Ordering::Relaxed);
+                    None
+                }
+            }
+        })
+        .await;
+        sent += AT_ONCE;
+    }
+    i64::try_from(sent).expect("small")
+}
+
+async fn send(client: &mut Client, messages: &[Message]) -> Result<(), pgonce::Error> {
+    let transaction = client.transaction().await?;
+    Producer::new(TOPIC).send_all(&transaction, messages).await?;
+    Ok(transaction.commit().await?)
+}
+
+async fn connect(url: &str) -> Option<Client> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.ok()?;
+    tokio::spawn(connection);
+    Some(client)
+}
+
+/// How many messages are applied, once the server can be asked and there are so many.
+async fn until_applied(url: &str, at_least: i64) -> i64 {
+    eventually("messages are applied", async || {
+        let client = connect(url).await?;
+        let applied: i64 = client.query_one(APPLIED, &[]).await.ok()?.get(0);
+        (applied >= at_least).then_some(applied)
+    })
+    .await
+}
+
+/// Runs producers and a daemon while the server goes away again and again, and checks that everything that was committed
+/// was applied, once and in the order of its key, by the same process.
+async fn each_message_is_applied_once_through(container: Container, fault: impl AsyncFn(&Container)) {
+    let url = container.url.clone();
+    let mut client = connect(&url).await.expect("the server accepts connections");
+    migrate(&mut client, &Schema::default()).await.expect("the schema can be installed");
+    create(&client, TOPIC, 3, CONSUMER).await;
+    client.batch_execute(TABLE).await.expect("created");
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = directory.path().join("pgonce.toml");
+    let stages = toml::toml! {
+        topic = [{ name = TOPIC }]
+        consumer = [{ name = CONSUMER, topic = TOPIC, kind = "sql", batch_messages = 20, statements = INSERT }]
+    };
+    std::fs::write(&config, stages.to_string()).expect("written");
+    let config = config.to_str().expect("text");
+    let arguments = ["run", "--database-url", &url, "--config", config];
+    let daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::null()));
+
+    let production = Production::default();
+    let producer = |key| produce(&url, key, &production);
+    let faults = async {
+        let mut applied = 0;
+        for _ in 0..FAULTS {
+            applied = until_applied(&url, applied + BETWEEN_FAULTS).await;
+            let cuts = production.cuts.load(Ordering::Relaxed);
+            fault(&container).await;
+            eventually("a producer noticed", async || (production.cuts.load(Ordering::Relaxed) > cuts).then_some(()))
+                .await;
+        }
+        production.is_over.store(true, Ordering::Relaxed);
+    };
+    let (spring, summer, autumn, ()) = tokio::join!(producer("spring"), producer("summer"), producer("autumn"), faults);
+    let sent = spring + summer + autumn;
+    until_applied(&url, sent).await;
+    daemon.finish();
+    let client = connect(&url).await.expect("the server accepts connections");
+    assert_eq!(texts(&client, OUT_OF_ORDER).await, Vec::<String>::new());
+    assert_eq!(number(&client, APPLIED).await, sent);
+    assert_eq!(number(&client, "select count(*) from pgonce.queue").await, sent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_goes_on_when_its_server_is_restarted() {
+    let Some(container) = Container::or_left_out("a restarted server").await else { return };
+    each_message_is_applied_once_through(container, async |container| container.end_and_start("INT").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_goes_on_when_its_server_is_killed() {
+    let Some(container) = Container::or_left_out("a killed server").await else { return };
+    each_message_is_applied_once_through(container, async |container| container.end_and_start("KILL").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_goes_on_when_it_is_cut_off_from_its_server() {
+    let Some(container) = Container::or_left_out("a network cut").await else { return };
+    each_message_is_applied_once_through(container, async |container| {
+        container.cut_off().await;
+        container.reconnect().await;
+    })
+    .await;
+}
