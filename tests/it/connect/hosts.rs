@@ -149,7 +149,7 @@ async fn a_server_that_becomes_read_only_is_tried_again_until_it_is_writable() {
         send(&mut admin, nth).await;
     }
     let later = "select count(*) from pg_stat_activity
-                 where application_name = 'worker' and backend_start > pg_conf_load_time()";
+                 where application_name like 'worker%' and backend_start > pg_conf_load_time()";
     eventually("a stage has thrown its session away", async || (number(&admin, later).await > 0).then_some(())).await;
     assert!(!running.is_finished(), "the worker goes on");
     assert_eq!(number(&admin, counted).await, half);
