@@ -37,3 +37,8 @@ pub use schema::{Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Schema, check_ve
 pub use shutdown::Shutdown;
 pub use topic::{StartAt, TopicSettings, create_consumer, create_topic, process_once};
 pub use worker::{Report, Worker};
+
+/// The Rust of the guide is compiled with the tests of the documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/getting-started-rust.md")]
+struct GettingStarted;

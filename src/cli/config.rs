@@ -206,6 +206,8 @@ fn nearest_key(message: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use clap::{Command, CommandFactory};
+
     use super::*;
 
     fn refusal(text: &str) -> String {
@@ -221,13 +223,21 @@ mod tests {
         assert_eq!(nearest_key(&refusal("[[topic]]\nname = 3")), None);
     }
 
+    /// The keys of the file, and those of each entry of a section.
+    fn keys() -> Vec<(&'static str, Vec<String>)> {
+        let known = |section: &str| {
+            let message = refusal(&format!("{section}no_such_key = 1"));
+            let keys: Vec<String> = message.split('`').skip(1).step_by(2).skip(1).map(str::to_owned).collect();
+            assert!(keys.len() > 3, "{message}");
+            keys
+        };
+        ["", "[[topic]]\n", "[[consumer]]\n"].map(|section| (section, known(section))).into()
+    }
+
     #[test]
     fn the_sample_file_shows_every_key() {
         let sample = include_str!("../../config/pgonce.toml");
-        for section in ["", "[[topic]]\n", "[[consumer]]\n"] {
-            let message = refusal(&format!("{section}no_such_key = 1"));
-            let keys: Vec<&str> = message.split('`').skip(1).step_by(2).skip(1).collect();
-            assert!(keys.len() > 3, "{message}");
+        for (_, keys) in keys() {
             for key in keys {
                 let is_shown = sample.lines().any(|line| {
                     let setting = line.trim_start_matches('#');
@@ -235,6 +245,46 @@ mod tests {
                 });
                 assert!(is_shown, "config/pgonce.toml does not show {key}");
             }
+        }
+    }
+
+    /// What the tables of a part of the reference begin their rows with.
+    fn listed(heading: &str) -> BTreeSet<String> {
+        let reference = include_str!("../../docs/configuration.md");
+        let part = reference.split("\n## ").find(|part| part.starts_with(heading)).expect("a part");
+        let first = |line: &str| line.strip_prefix("| `")?.split('`').next().map(str::to_owned);
+        part.lines().filter_map(first).collect()
+    }
+
+    #[test]
+    fn the_reference_lists_the_keys_as_they_are() {
+        for (section, keys) in keys() {
+            let heading = if section.is_empty() { "The file" } else { section.trim_end() };
+            let tables = ["topic", "consumer"];
+            let keys = keys.into_iter().filter(|key| !section.is_empty() || !tables.contains(&key.as_str()));
+            assert_eq!(listed(heading), keys.collect(), "{heading}");
+        }
+    }
+
+    #[test]
+    fn the_reference_lists_the_flags_and_variables_as_they_are() {
+        let reference = include_str!("../../docs/configuration.md");
+        let root = super::super::Cli::command();
+        let mut flags = BTreeSet::new();
+        let mut variables = BTreeSet::new();
+        let daemons = ["run", "relay", "consume"].map(|name| root.find_subcommand(name).expect("it is there"));
+        for argument in daemons.into_iter().flat_map(Command::get_arguments).chain(root.get_arguments()) {
+            flags.extend(argument.get_long().map(|long| format!("--{long}")));
+            variables.extend(argument.get_env().and_then(|name| name.to_str()).map(str::to_owned));
+        }
+        assert!(flags.len() > 5 && variables.len() > 3, "{flags:?} {variables:?}");
+        assert_eq!(listed("Flags"), flags);
+        for variable in &variables {
+            assert!(reference.contains(&format!("`{variable}`")), "docs/configuration.md does not name {variable}");
+        }
+        let named = reference.split('`').skip(1).step_by(2).filter(|word| word.starts_with("PGONCE_"));
+        for variable in named {
+            assert!(variables.contains(variable), "there is no {variable}");
         }
     }
 

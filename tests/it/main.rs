@@ -12,6 +12,7 @@ mod commands;
 mod connect;
 mod consume;
 mod container;
+mod documents;
 mod dump;
 mod enqueue;
 mod migrate;

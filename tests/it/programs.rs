@@ -79,8 +79,12 @@ impl Running {
 
     /// Asks it to finish.
     pub(crate) fn terminate(&self) {
-        let pid = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw).expect("a process id");
-        kill_process(pid, Signal::TERM).expect("a child can be signalled");
+        kill_process(self.pid(), Signal::TERM).expect("a child can be signalled");
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> Pid {
+        i32::try_from(self.0.id()).ok().and_then(Pid::from_raw).expect("a process id")
     }
 
     /// Waits for its end. Blocks.

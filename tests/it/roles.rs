@@ -14,7 +14,7 @@ use tokio_postgres::{Client, NoTls, Transaction};
 use crate::fixture::TestDatabase;
 use crate::probe::{create, eventually, number, sqlstate, texts, word, word_counts};
 use crate::programs::{Running, outcome, pgonce};
-use crate::tidy::sql_of_the_readme;
+use crate::documents::sql_of_the_readme;
 
 const TOPIC: &str = "words";
 const CONSUMER: &str = "counter";

@@ -1,12 +1,8 @@
-//! Style as tests: imports point down, SQL lives in `sql/`, files stay short, and what the documents show works.
+//! Style as tests: imports point down, SQL lives in `sql/`, files stay short, and the sample configuration works.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-
-use pgonce::embedded::{Options, PrivateServer};
-use pgonce::{Schema, migrate};
-use tokio_postgres::NoTls;
 
 use crate::fixture::TestDatabase;
 use crate::probe::number;
@@ -282,54 +278,4 @@ async fn the_sample_configuration_runs() {
         assert!(number(&client, "select count(*) from pgonce.topics").await > 0);
         assert!(number(&client, "select count(*) from pgonce.consumers").await > 0);
     }
-}
-
-/// The fenced blocks of a Markdown text in a language.
-fn blocks(markdown: &str, language: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut block: Option<String> = None;
-    let mut is_other = false;
-    for line in markdown.lines() {
-        if line.trim_start().starts_with("```") {
-            if let Some(block) = block.take() {
-                found.push(block);
-            } else if is_other {
-                is_other = false;
-            } else if line.trim().trim_start_matches('`').split([',', ' ']).next() == Some(language) {
-                block = Some(String::new());
-            } else {
-                is_other = true;
-            }
-        } else if let Some(block) = &mut block {
-            block.push_str(line);
-            block.push('\n');
-        }
-    }
-    found
-}
-
-/// The blocks of SQL in the README, in its order.
-pub(crate) fn sql_of_the_readme() -> Vec<String> {
-    let blocks = blocks(&text(&root().join("README.md")), "sql");
-    assert!(!blocks.is_empty(), "the README shows no SQL");
-    blocks
-}
-
-#[tokio::test]
-async fn the_sql_of_the_readme_runs_in_its_order() {
-    // On a server of its own: it creates roles, which all databases of a server share.
-    let start = || PrivateServer::start(&Options::default()).expect("a server starts");
-    let server = tokio::task::spawn_blocking(start).await.expect("no panic");
-    let (mut client, connection) =
-        tokio_postgres::connect(&server.url("pgonce"), NoTls).await.expect("the server accepts connections");
-    let connection = tokio::spawn(connection);
-    migrate(&mut client, &Schema::default()).await.expect("installed");
-    for block in sql_of_the_readme() {
-        if let Err(error) = client.batch_execute(&block).await {
-            panic!("{:?}\n{block}", error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string));
-        }
-    }
-    drop(client);
-    connection.await.expect("no panic").expect("it ends with its client");
-    tokio::task::spawn_blocking(move || server.stop()).await.expect("no panic").expect("it stops");
 }
