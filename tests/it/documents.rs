@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
-use crate::probe::texts;
+use crate::probe::{create, texts};
 use crate::programs::{Running, postgresql};
 
 /// The database of an imaginary reader, in place of which the test's is taken.
@@ -206,6 +206,7 @@ async fn the_guide_to_the_daemon_can_be_followed() {
 #[tokio::test]
 async fn what_is_said_about_operating_can_be_run() {
     let database = TestDatabase::new().await;
+    create(&database.connect().await, "orders", 1, "billing").await;
     let url = database.url.clone();
     tokio::task::spawn_blocking(move || follow("docs/operating.md", &url)).await.expect("no panic");
 }
