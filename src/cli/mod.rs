@@ -167,3 +167,57 @@ fn report(error: &anyhow::Error) {
     // Where it cannot be written there is nobody to tell; the exit code says that it failed.
     let _ = writeln!(std::io::stderr(), "{}", text.join("\n"));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOCUMENTS: [&str; 5] = [
+        include_str!("../../README.md"),
+        include_str!("../../docs/getting-started-sql.md"),
+        include_str!("../../docs/getting-started-rust.md"),
+        include_str!("../../docs/getting-started-daemon.md"),
+        include_str!("../../docs/operating.md"),
+    ];
+    /// What ends a command within a line, or stands before one.
+    const AROUND: [&str; 6] = ["|", ">", "2>", "2>>", "&", "until"];
+
+    /// The words of a line of the shell, as far as the documents use it.
+    fn words(line: &str) -> Vec<String> {
+        let mut words = vec![String::new()];
+        let mut is_quoted = false;
+        for next in line.chars() {
+            match next {
+                '\'' => is_quoted = !is_quoted,
+                ' ' if !is_quoted => words.push(String::new()),
+                ';' if !is_quoted => words.extend(["|".to_owned(), String::new()]),
+                _ => words.last_mut().expect("there is one").push(next),
+            }
+        }
+        words.retain(|word| !word.is_empty());
+        words
+    }
+
+    /// Tests run the commands that end by themselves; here are also those that need more than a test has.
+    #[test]
+    fn the_commands_in_the_documents_are_understood() {
+        let mut count = 0;
+        for document in DOCUMENTS {
+            let blocks = document.split("```").skip(1).step_by(2).filter(|block| block.starts_with("sh"));
+            let lines: Vec<String> = blocks
+                .flat_map(|block| block.replace("\\\n", " ").lines().map(str::to_owned).collect::<Vec<_>>())
+                .collect();
+            for line in lines {
+                for command in words(&line).split(|word| AROUND.contains(&word.as_str())) {
+                    if command.first().is_some_and(|program| program == "pgonce") {
+                        count += 1;
+                        if let Err(error) = Cli::try_parse_from(command) {
+                            panic!("{line}\n{error}");
+                        }
+                    }
+                }
+            }
+        }
+        assert!(count > 20, "only {count} commands");
+    }
+}

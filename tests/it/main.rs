@@ -22,6 +22,7 @@ mod plans;
 mod process;
 mod produce;
 mod receive;
+mod references;
 mod relay;
 mod roles;
 mod schema;

@@ -11,10 +11,10 @@ use pgonce::{
 };
 use tokio_postgres::{Client, NoTls, Transaction};
 
+use crate::documents::sql_of_the_readme;
 use crate::fixture::TestDatabase;
 use crate::probe::{create, eventually, number, sqlstate, texts, word, word_counts};
 use crate::programs::{Running, outcome, pgonce};
-use crate::documents::sql_of_the_readme;
 
 const TOPIC: &str = "words";
 const CONSUMER: &str = "counter";
