@@ -222,16 +222,14 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
     let row = session.query_typed_one(include_str!("../../sql/statements/connections_free.sql"), &[]).await?;
     let (most, free): (i64, i64) = (row.try_get("most")?, row.try_get("free")?);
     let needed = i64::try_from(connections).unwrap_or(i64::MAX);
-    if needed > most {
-        bail!(
-            "these stages need {needed} connections, the server has {most} in all: raise its max_connections, \
-             run fewer loops, or put a PgBouncer in between"
-        );
-    } else if needed > free {
+    if needed > free {
+        // No refusal: a PgBouncer in between may have more connections than the server.
         tracing::warn!(
             connections.needed = needed,
             connections.free = free,
-            "the server has fewer free connections than the stages need: some will wait and try again"
+            connections.most = most,
+            "the server has fewer free connections than the stages need, and unless a PgBouncer pools them some will wait: \
+             raise max_connections, or run fewer loops"
         );
     }
     for topic in &config.topics {
