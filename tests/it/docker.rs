@@ -7,10 +7,12 @@
 //! a process group of its own, out of reach of the terminal's Ctrl-C. (The guardian of the private server works alike.)
 //!
 //! Invariant: a container's address outlives restarts and cuts. An engine gives a port of its own choice anew at every
-//! start, so the owner chooses it.
+//! start, so the owner chooses it; and not among those that a system gives to outgoing connections, one of which might
+//! take it while the server is down (also one that a client makes to this very port, and which then meets itself).
 
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -33,8 +35,10 @@ const IMAGE: &str = "PGONCE_TEST_IMAGE";
 const IS_OWNER: &str = "PGONCE_TEST_CONTAINER_OWNER";
 /// As long as the container's processes die and the machine does not, `fsync` protects nothing.
 const ARGUMENTS: [&str; 5] = ["postgres", "-c", "fsync=off", "-c", "max_connections=200"];
-/// How often a free port may be gone before the engine takes it.
-const PORTS_MAX: usize = 5;
+/// Below what Linux and others give to outgoing connections.
+const PORTS: Range<u128> = 20_000..32_000;
+/// How many ports are tried, as somebody may listen there.
+const PORTS_MAX: usize = 100;
 /// The network in which an engine puts containers.
 const NETWORK: &str = "bridge";
 const ANNOUNCEMENT: &str = "container: ";
@@ -163,21 +167,18 @@ async fn owner() {
     std::process::exit(0);
 }
 
-/// Starts a container on a port that was free a moment ago.
+/// Starts a container on a port where nobody listens.
 async fn start(image: &str, password: &str) -> (ContainerAsync<GenericImage>, u16) {
+    let some_port = || {
+        let some = PORTS.start + Uuid::now_v7().as_u128() % (PORTS.end - PORTS.start);
+        u16::try_from(some).expect("ports are small")
+    };
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok();
+    let port = std::iter::repeat_with(some_port).take(PORTS_MAX).find(is_free).expect("a free port");
     let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
-    let mut refused = None;
-    for _ in 0..PORTS_MAX {
-        let free = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|listener| listener.local_addr());
-        let port = free.expect("a free port").port();
-        let request = GenericImage::new(name, tag)
-            .with_cmd(ARGUMENTS)
-            .with_env_var("POSTGRES_PASSWORD", password)
-            .with_mapped_port(port, 5432.tcp());
-        match request.start().await {
-            Ok(container) => return (container, port),
-            Err(error) => refused = Some(error),
-        }
-    }
-    panic!("no container of {image}: {}", refused.expect("it was tried"));
+    let request = GenericImage::new(name, tag)
+        .with_cmd(ARGUMENTS)
+        .with_env_var("POSTGRES_PASSWORD", password)
+        .with_mapped_port(port, 5432.tcp());
+    (request.start().await.expect("the engine starts a container of the image"), port)
 }
