@@ -1,7 +1,8 @@
 -- Purge: a topic without its messages.
 --
--- Locks, in this order: the head locks of the topic, then the offset locks of all its consumers, each ascending; so it waits
--- for relays and consumers that are at work there, and none starts behind it. READ COMMITTED only, as for a drop.
+-- Locks, in this order: the topic's row, so that no consumer is created meanwhile, which would start at what is deleted here;
+-- the head locks of the topic; the offset locks of all its consumers, ascending. So it waits for relays and consumers that
+-- are at work there, and none starts behind it. READ COMMITTED only, as for a drop.
 
 create or replace function pgonce.purge_topic(topic text)
 returns setof pgonce.purged
@@ -15,6 +16,11 @@ declare
 begin
   perform pgonce.require_read_committed('purge_topic');
   target := pgonce.topic_row(topic);
+  perform from pgonce.topics t where t.topic_id = target.topic_id for update;
+  if not found then
+    -- Somebody else has just dropped it.
+    return;
+  end if;
   perform from pgonce.partitions p where p.topic_id = target.topic_id order by p.partition for no key update;
   perform from pgonce.consumer_partitions cp
   where cp.consumer_id in (select c.consumer_id from pgonce.consumers c where c.topic_id = target.topic_id)
