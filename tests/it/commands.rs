@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
-use crate::probe::{create, drain, number, word};
+use crate::probe::{create, drain, number, pid_of, until_blocked, word};
 use crate::programs::{outcome, pgonce};
 
 const TOPIC: &str = "words";
@@ -117,6 +117,27 @@ async fn a_purge_deletes_all_messages_and_offsets_go_on() {
     assert_eq!(applied, 1);
     let place = "select \"offset\" from pgonce.queue where message_id = 'next'";
     assert_eq!(number(&client, place).await, 2, "the key of the message that was purged had offset 1");
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_created_during_a_purge_starts_behind_it() {
+    let (database, mut client) = two_messages().await;
+    let purge = client.transaction().await.expect("begun");
+    purge.batch_execute("select pgonce.purge_topic('words')").await.expect("purged");
+    let creator = database.connect().await;
+    let pid = pid_of(&creator).await;
+    let creating = tokio::spawn(async move {
+        creator.batch_execute("select pgonce.create_consumer('late', 'words')").await.expect("created");
+    });
+    until_blocked(&database.connect().await, pid).await;
+    purge.commit().await.expect("committed");
+    creating.await.expect("no panic");
+
+    Producer::new(TOPIC).send(&client, &word("a").id("next")).await.expect("sent");
+    let pool = database.database(1);
+    Relay::topic(TOPIC).step(&pool).await.expect("relayed");
+    let received = pgonce::Consumer::word_count("late").step(&pool).await.expect("no hole");
+    assert_eq!(received.applied, 1);
 }
 
 #[tokio::test]
