@@ -89,6 +89,8 @@ async fn processes_that_are_killed_lose_and_double_nothing() {
         workers[victim].kill();
         workers[victim] = start();
     }
+    let produced = "select count(*) from pgonce.outbox";
+    eventually("enough is produced", async || (number(&client, produced).await > 1_000).then_some(())).await;
     stop.store(true, Ordering::Relaxed);
     let mut expected: BTreeMap<String, i64> = BTreeMap::new();
     for producer in producers {
