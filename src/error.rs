@@ -40,7 +40,7 @@ pub enum ErrorKind {
     InUse,
     /// Messages are missing from the queue (`PO009`).
     Hole,
-    /// `relay` or a `drop_…` outside READ COMMITTED (`PO010`).
+    /// `relay`, `purge_topic` or a `drop_…` outside READ COMMITTED (`PO010`).
     Isolation,
     /// One statement runs `receive` twice (`PO011`).
     ReceivedTwice,

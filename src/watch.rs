@@ -3,14 +3,14 @@
 //! The watch asks a few times a second which stages have something to do, and rings the bells of these. While all of them
 //! sleep, it is notified in between by whoever enqueues or relays (`sql/routines/watch.sql`): a busy worker causes no
 //! notifications. Where they do not arrive, as through a `PgBouncer` in transaction mode or with a pool of the caller's,
-//! the watch asks more often instead.
+//! the watch asks more often instead; and so it does for a while where the notifications were for the stages of others.
 //!
 //! Invariant: a bell only says that a look may be worth it. One that rings for nothing, or is missed, costs a look or a
 //! moment; correctness is in the steps.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio_postgres::types::Type;
@@ -25,6 +25,10 @@ const PAUSE_NOTIFIED: Duration = Duration::from_millis(200);
 const PAUSE_ALONE: Duration = Duration::from_millis(55);
 /// How long whoever enqueues keeps notifying after the watch last asked.
 const NOTIFY_FOR_MS: i32 = 1_000;
+/// Notifications in a row that were for others, after which the watch does without them: each look invites more.
+const FRUITLESS_MAX: u32 = 3;
+/// How long it does.
+const DEAF_FOR: Duration = Duration::from_secs(1);
 /// How long to wait until the next try to listen.
 const LISTEN_RETRY: Duration = Duration::from_secs(5);
 
@@ -100,6 +104,11 @@ impl Drop for Awake<'_> {
 pub(crate) struct Watch {
     bells: Arc<Bells>,
     heard: Arc<Heard>,
+    /// Whether the next look comes of a notification.
+    was_notified: bool,
+    /// Notifications in a row of which a look found nothing to do.
+    fruitless: u32,
+    deaf_until: Option<Instant>,
 }
 
 /// What the listener tells the watch.
@@ -112,7 +121,12 @@ struct Heard {
 
 impl Watch {
     pub(crate) fn new(bells: Arc<Bells>) -> Self {
-        Self { bells, heard: Arc::default() }
+        Self { bells, heard: Arc::default(), was_notified: false, fruitless: 0, deaf_until: None }
+    }
+
+    /// Whether it wants to be notified: only while all sleep, and not for others' messages all the time.
+    fn wants_notifications(&self) -> bool {
+        self.bells.all_sleep() && self.deaf_until.is_none_or(|until| until <= Instant::now())
     }
 
     /// Asks once, and rings the bells of the stages that have something to do.
@@ -120,9 +134,9 @@ impl Watch {
     /// # Errors
     ///
     /// Errors of the database.
-    pub(crate) async fn step(&self, database: &Database) -> Result<(), Error> {
+    pub(crate) async fn step(&mut self, database: &Database) -> Result<(), Error> {
         let session = database.session().await?;
-        let notify_for_ms = if self.bells.all_sleep() { NOTIFY_FOR_MS } else { 0 };
+        let notify_for_ms = if self.wants_notifications() { NOTIFY_FOR_MS } else { 0 };
         let consumers: Vec<&str> = self.bells.consumers.iter().map(|(consumer, _)| consumer.as_str()).collect();
         let due = session
             .query_typed(
@@ -138,15 +152,21 @@ impl Watch {
             self.bells.ring(row.try_get("stage")?, row.try_get("name")?);
         }
         session.give_back();
+        self.fruitless = if self.was_notified && due.is_empty() { self.fruitless + 1 } else { 0 };
+        if self.fruitless >= FRUITLESS_MAX {
+            self.fruitless = 0;
+            self.deaf_until = Some(Instant::now() + DEAF_FOR);
+        }
         Ok(())
     }
 
     /// Waits until the next look is due, or a notification has come while all sleep.
-    pub(crate) async fn pause(&self) {
-        let notified = self.bells.all_sleep() && self.heard.arrives.load(Ordering::Relaxed);
+    pub(crate) async fn pause(&mut self) {
+        let notified = self.wants_notifications() && self.heard.arrives.load(Ordering::Relaxed);
+        self.was_notified = false;
         // Either arm may be dropped: a notification that was not taken stays.
         tokio::select! {
-            () = self.heard.bell.notified(), if notified => {}
+            () = self.heard.bell.notified(), if notified => self.was_notified = true,
             () = tokio::time::sleep(if notified { PAUSE_NOTIFIED } else { PAUSE_ALONE }) => {}
         }
     }

@@ -19,6 +19,7 @@ use crate::consume::Consumer;
 use crate::database::Database;
 use crate::error::{Error, ErrorKind, Remedy};
 use crate::relay::Relay;
+use crate::schema::check_version;
 use crate::shutdown::Shutdown;
 use crate::watch::{Bells, Watch};
 
@@ -141,6 +142,12 @@ impl Worker {
                 Ok(Report::default())
             });
             loops.spawn(watch_loop(watch, database, stop.clone()));
+            let stopping = stop.clone();
+            loops.spawn(async move {
+                stopping.stopping().await;
+                tracing::info!("stopping: finishing the batches at hand");
+                Ok(Report::default())
+            });
         }
         for (work, bell, database) in stages {
             loops.spawn(run_loop(Stage { work, bell, bells: Arc::clone(&bells) }, database, stop.clone()));
@@ -157,8 +164,11 @@ impl Worker {
                     report.applied += part.applied;
                 }
                 Err(error) => {
-                    tracing::error!(error.kind = ?error.kind(), error.hint = error.hint(), "stopping the worker: {error}");
                     stop.stop();
+                    // The first one is the caller's to report.
+                    if first_error.is_some() {
+                        tracing::error!(error.kind = ?error.kind(), error.hint = error.hint(), "failed as well: {error}");
+                    }
                     first_error.get_or_insert(error);
                 }
             }
@@ -212,6 +222,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
         // Registered before looking, so that what comes between the look and the wait still wakes.
         let rung = stage.bell.notified();
         let Some(outcome) = shutdown.or_aborted(stage.step(&database)).await else {
+            tracing::warn!(stage.name = stage.name(), "dropped what was at hand; it comes again");
             break;
         };
         let wait = match outcome {
@@ -227,7 +238,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
                 pause = if pause < PAUSE_MAX { (pause * 2).min(PAUSE_MAX) } else { SLEEP_MAX };
                 wait
             }
-            Err(error) => failures.add(stage.name(), error)?,
+            Err(error) => failures.add(stage.name(), error, &database).await?,
         };
         if wait > PAUSE_MAX {
             awake = None;
@@ -244,7 +255,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
 }
 
 /// Looks for work, for all stages, until it is asked to stop.
-async fn watch_loop(watch: Watch, database: Database, shutdown: Shutdown) -> Result<Report, Error> {
+async fn watch_loop(mut watch: Watch, database: Database, shutdown: Shutdown) -> Result<Report, Error> {
     let mut failures = Failures::default();
     while !shutdown.is_stopping() {
         let wait = match shutdown.or_aborted(watch.step(&database)).await {
@@ -253,7 +264,7 @@ async fn watch_loop(watch: Watch, database: Database, shutdown: Shutdown) -> Res
                 failures.end("watch");
                 None
             }
-            Some(Err(error)) => Some(failures.add("watch", error)?),
+            Some(Err(error)) => Some(failures.add("watch", error, &database).await?),
         };
         // Each arm may be dropped: all of them only wait.
         tokio::select! {
@@ -284,8 +295,8 @@ impl Failures {
     }
 
     /// It has failed: answers how long to wait, or the error where time does not mend it.
-    fn add(&mut self, stage: &str, error: Error) -> Result<Duration, Error> {
-        if !mends_by_itself(&error) {
+    async fn add(&mut self, stage: &str, error: Error, database: &Database) -> Result<Duration, Error> {
+        if !mends_by_itself(&error, database).await {
             return Err(error);
         }
         let delays = self.delays.get_or_insert_with(|| {
@@ -310,9 +321,20 @@ impl Failures {
 
 /// Whether a stage goes on after an error. A payload that does not fit the handler or an error that the database reports
 /// for its statement stops a batch, not the worker: other partitions go on, and somebody may mend it meanwhile.
-fn mends_by_itself(error: &Error) -> bool {
+async fn mends_by_itself(error: &Error, database: &Database) -> bool {
     match error.kind() {
+        // Of a call in the very moment of an upgrade, too.
+        ErrorKind::SchemaMissing => is_installed(database).await,
         ErrorKind::Payload | ErrorKind::Database | ErrorKind::Hole | ErrorKind::Defect => true,
         kind => kind.remedy() == Remedy::Retry,
     }
+}
+
+async fn is_installed(database: &Database) -> bool {
+    let Ok(session) = database.session().await else { return false };
+    let is_installed = check_version(&*session, database.schema()).await.is_ok();
+    if is_installed {
+        session.give_back();
+    }
+    is_installed
 }

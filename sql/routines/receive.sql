@@ -151,7 +151,7 @@ begin
       hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
   elsif reader.paused then
     return;
-  elsif exists (
+  elsif pg_current_xact_id_if_assigned() is not null and exists (
     select from pgonce.consumer_partitions p
     cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
     where p.consumer_id = reader.consumer_id

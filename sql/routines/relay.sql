@@ -1,7 +1,7 @@
 -- Relay: how messages get from the outbox into the queue.
 --
--- Locks, in this order: the head lock of a partition, FOR NO KEY UPDATE SKIP LOCKED; then the outbox rows that it claims
--- (relay_claim.sql). It waits for no row, but for an instant where one is locked in the very moment in which it is being
+-- Locks, in this order: the head lock of a partition, FOR NO KEY UPDATE SKIP LOCKED; then, in the same way, delayed outbox
+-- rows that are due, and the rows that it claims (relay_claim.sql). It waits for no row, but for an instant where one is locked in the very moment in which it is being
 -- marked. READ COMMITTED only: the claim must see all that was committed before the head lock was taken, so lock and claim
 -- are separate statements, each with a snapshot of its own.
 -- status stands in no index, so that marking a row SENT is a HOT update.
@@ -54,7 +54,7 @@ begin
       and o.deliver_at <= clock_timestamp()
     order by o.deliver_at, o.seq
     limit promote_due.max
-    for update skip locked
+    for no key update skip locked
   ),
   numbered as materialized (
     select d.tid, nextval('pgonce.outbox_seq') as seq from (select * from due order by deliver_at, seq) d
@@ -210,6 +210,7 @@ declare
   target record;
   done record;
   answer pgonce.relayed;
+  partitions integer;
   rest integer := max;
   rest_bytes bigint := max_bytes;
 begin
@@ -224,9 +225,12 @@ begin
   elsif topic is null and partition is not null then
     raise exception using errcode = 'PO003', message = format('partition %s of no topic', partition),
       hint = 'Name the topic too.';
-  elsif topic is not null and partition not between 0 and (pgonce.topic_row(topic)).partitions - 1 then
-    raise exception using errcode = 'PO003', message = format('partition %s of topic %L', partition, topic),
-      hint = format('It has partitions 0 to %s.', (pgonce.topic_row(topic)).partitions - 1);
+  elsif topic is not null then
+    partitions := (pgonce.topic_row(topic)).partitions;
+    if partition not between 0 and partitions - 1 then
+      raise exception using errcode = 'PO003', message = format('partition %s of topic %L', partition, topic),
+        hint = format('It has partitions 0 to %s.', partitions - 1);
+    end if;
   end if;
   is_first := pg_current_xact_id_if_assigned() is null;
   drawn := pgonce.last_drawn();

@@ -81,15 +81,17 @@ select
   coalesce(clock_timestamp() - min(w.enqueued_at), interval '0') as oldest_age,
   coalesce(sum(o.received), (select count(*) from pgonce.processed_ids p where p.consumer_id = c.consumer_id))::bigint as received,
   coalesce(sum(o.duplicates), (select count(*) from pgonce.duplicate_receipts d where d.consumer_id = c.consumer_id))::bigint as duplicates,
-  (select count(*) from pg_stat_activity a
-   where a.datname = current_database() and right(a.application_name, length(c.consumer) + 1) = ' ' || c.consumer) as sessions
+  case when c.consumer ~ '^[ -~]{1,62}$' then (
+    select count(*) from pg_stat_activity a
+    where a.datname = current_database() and right(a.application_name, length(c.consumer) + 1) = ' ' || c.consumer)
+  end as sessions
 from pgonce.consumers c
 left join pgonce.topics t using (topic_id)
 left join pgonce.consumer_offsets o on o.consumer_id = c.consumer_id
 left join pgonce.partition_heads h on h.topic_id = o.topic_id and h.partition = o.partition
 left join pgonce.queue w on w.topic_id = o.topic_id and w.partition = o.partition and w."offset" = o.next_offset
 group by c.consumer_id, c.consumer, t.topic, c.paused;
-comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do (of a name in ASCII: PostgreSQL keeps no other characters there). An inbox has no lag.';
+comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do; null where PostgreSQL cannot keep the name there (beyond 62 characters, or beyond ASCII). An inbox has no lag.';
 
 create or replace view pgonce.horizon_holders as
 select *

@@ -3,7 +3,8 @@
 -- It asks for all of its stages in one statement (watch), a few times a second, and that alone suffices. In between it is
 -- notified: enqueue and relay see in watched_until that somebody sleeps, and only then send a NOTIFY, one a transaction,
 -- since each takes a lock at commit that the whole server shares. Under load nobody sleeps for long: relay ends the
--- watch when it has moved something, so that the producers of a busy system hardly ever send one.
+-- watch when it has moved something, so that the producers of a busy system hardly ever send one. A program that is notified
+-- again and again of messages that are not for it stops asking to be for a while.
 -- A notification may get lost, or come for nothing: it costs a look more, or a moment.
 --
 -- Locks: none. Indexes: those of relay_is_due, and the primary keys of progress and queue.

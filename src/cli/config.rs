@@ -16,7 +16,7 @@ const LOOPS: usize = 2;
 /// Messages that a stage may take at a time.
 const BATCH_MESSAGES: std::ops::RangeInclusive<i32> = 1..=10_000;
 /// Longest graceful stop, in seconds: a day.
-const GRACEFUL_STOP_SECONDS_MAX: u64 = 86_400;
+pub(super) const GRACEFUL_STOP_SECONDS_MAX: u64 = 86_400;
 /// How alike two keys are at least, of 1, where one is taken for a misspelling of the other.
 const LIKENESS_MIN: f64 = 0.7;
 
@@ -74,11 +74,13 @@ pub(super) enum Kind {
 }
 
 /// Where a consumer begins when it is created.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum StartAt {
+    /// With the earliest message that is kept.
     #[default]
     Earliest,
+    /// With the next message that is relayed.
     Latest,
 }
 

@@ -24,6 +24,42 @@ pub(super) struct Connection {
     pub(super) schema: Option<Schema>,
 }
 
+/// What a command is about that looks at something.
+#[derive(Debug, Args)]
+pub(super) struct Reading {
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+/// One topic or consumer.
+#[derive(Debug, Args)]
+pub(super) struct Named {
+    /// Its name.
+    pub(super) name: String,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+/// One topic or consumer of which something is destroyed.
+#[derive(Debug, Args)]
+pub(super) struct Destroyed {
+    #[command(flatten)]
+    pub(super) named: Named,
+    /// Do not ask.
+    #[arg(long)]
+    pub(super) yes: bool,
+}
+
+impl Named {
+    /// Runs a statement of `sql/statements/` whose parameter is the name.
+    pub(super) async fn apply(&self, statement: &str) -> anyhow::Result<Vec<Row>> {
+        Ok(self.connection.installed().await?.rows(statement, &[(&self.name, Type::TEXT)]).await?)
+    }
+}
+
 impl Connection {
     /// The URL of the database.
     pub(super) fn url(&self) -> anyhow::Result<String> {

@@ -7,10 +7,11 @@ use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use super::Outcome;
-use super::connection::{Connection, Installed};
+use super::config::StartAt;
+use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{Error, StartAt, create_consumer};
+use crate::{Error, create_consumer};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -31,58 +32,25 @@ enum Action {
         topic: Option<String>,
         /// Where a new consumer begins.
         #[arg(long, value_enum, default_value = "earliest", requires = "topic")]
-        start_at: Start,
+        start_at: StartAt,
         #[command(flatten)]
         connection: Connection,
     },
     /// List all consumers with their lag.
-    List {
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        connection: Connection,
-    },
+    List(Reading),
     /// Show a consumer with its partitions.
     Show {
         /// Its name.
         consumer: String,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
         #[command(flatten)]
-        connection: Connection,
+        reading: Reading,
     },
     /// Let a consumer receive nothing, from its next batch on.
     Pause(Named),
     /// End a pause.
     Resume(Named),
     /// Delete a consumer with its offsets and its record of what it has processed. Effects in your tables stay.
-    Delete {
-        /// Its name.
-        consumer: String,
-        /// Do not ask.
-        #[arg(long)]
-        yes: bool,
-        #[command(flatten)]
-        connection: Connection,
-    },
-}
-
-#[derive(Debug, Args)]
-struct Named {
-    /// Its name.
-    consumer: String,
-    #[command(flatten)]
-    connection: Connection,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Start {
-    /// With the earliest message that is kept.
-    Earliest,
-    /// With the next message that is relayed.
-    Latest,
+    Delete(Destroyed),
 }
 
 #[derive(Debug, Serialize)]
@@ -106,42 +74,36 @@ impl Consumer {
         match self.action {
             Action::Create { consumer, topic, start_at, connection } => {
                 let installed = connection.installed().await?;
-                let start_at = match start_at {
-                    Start::Earliest => StartAt::Earliest,
-                    Start::Latest => StartAt::Latest,
-                };
-                create_consumer(&*installed.session, installed.schema(), &consumer, topic.as_deref(), start_at).await?;
+                let schema = installed.schema();
+                create_consumer(&*installed.session, schema, &consumer, topic.as_deref(), start_at.into()).await?;
                 say!("consumer {consumer} is there")?;
             }
-            Action::List { json, connection } => {
+            Action::List(Reading { json, connection }) => {
                 let consumers = consumer_lags(&connection.installed().await?).await?;
                 if json { print_json(&consumers)? } else { print_consumers(&consumers)? }
             }
-            Action::Show { consumer, json, connection } => {
+            Action::Show { consumer, reading: Reading { json, connection } } => {
                 let shown = show(&connection.installed().await?, &consumer).await?;
                 if json { print_json(&shown)? } else { shown.print()? }
             }
-            Action::Pause(Named { consumer, connection }) => {
-                apply(include_str!("../../sql/statements/pause_consumer.sql"), &consumer, &connection).await?;
-                say!("consumer {consumer} is paused")?;
+            Action::Pause(consumer) => {
+                consumer.apply(include_str!("../../sql/statements/pause_consumer.sql")).await?;
+                say!("consumer {} is paused", consumer.name)?;
             }
-            Action::Resume(Named { consumer, connection }) => {
-                apply(include_str!("../../sql/statements/resume_consumer.sql"), &consumer, &connection).await?;
-                say!("consumer {consumer} goes on")?;
+            Action::Resume(consumer) => {
+                consumer.apply(include_str!("../../sql/statements/resume_consumer.sql")).await?;
+                say!("consumer {} goes on", consumer.name)?;
             }
-            Action::Delete { consumer, yes, connection } => {
-                confirm(&format!("Really delete consumer {consumer} with its record of what it has processed?"), yes)?;
-                apply(include_str!("../../sql/statements/drop_consumer.sql"), &consumer, &connection).await?;
-                say!("deleted consumer {consumer}")?;
+            Action::Delete(Destroyed { named: consumer, yes }) => {
+                let question =
+                    format!("Really delete consumer {} with its record of what it has processed?", consumer.name);
+                confirm(&question, yes)?;
+                consumer.apply(include_str!("../../sql/statements/drop_consumer.sql")).await?;
+                say!("deleted consumer {}", consumer.name)?;
             }
         }
         Ok(Outcome::Done)
     }
-}
-
-async fn apply(statement: &str, consumer: &str, connection: &Connection) -> anyhow::Result<()> {
-    connection.installed().await?.rows(statement, &[(&consumer, Type::TEXT)]).await?;
-    Ok(())
 }
 
 async fn show(installed: &Installed, consumer: &str) -> anyhow::Result<Shown> {

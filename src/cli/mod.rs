@@ -12,7 +12,6 @@ mod manual;
 mod message;
 mod migrate;
 mod run;
-mod signals;
 mod status;
 mod text;
 mod topic;

@@ -7,9 +7,8 @@ use anyhow::{Context, bail};
 use clap::Args;
 use tokio_postgres::types::Type;
 
-use super::config::{Config, ConsumerEntry, Topic};
+use super::config::{Config, ConsumerEntry, GRACEFUL_STOP_SECONDS_MAX, Topic};
 use super::connection::Connection;
-use super::signals::Signals;
 use super::text::say;
 use super::{Outcome, Usage};
 use crate::embedded::{Options, PrivateServer};
@@ -78,14 +77,14 @@ struct Daemon {
     config: Option<PathBuf>,
     /// How long batches may take to finish after the first signal [default: 30].
     #[arg(long, value_name = "SECONDS", env = "PGONCE_GRACEFUL_STOP_SECONDS",
-          value_parser = clap::value_parser!(u64).range(..=86_400))]
+          value_parser = clap::value_parser!(u64).range(..=GRACEFUL_STOP_SECONDS_MAX))]
     graceful_stop_seconds: Option<u64>,
 }
 
 impl Run {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
-        let mut signals = Signals::listen().context("cannot listen for signals")?;
         let mut config = self.daemon.read()?;
+        let shutdown = self.daemon.shutdown(&config)?;
         for topic in self.relay.iter().chain(self.word_count.iter().map(|(_, topic)| topic)) {
             config.add_topic(topic);
         }
@@ -93,21 +92,18 @@ impl Run {
             config.add_word_count(name, topic);
         }
         if !self.embedded {
-            return self.daemon.run(&config, signals).await;
+            return self.daemon.run(&config, &shutdown).await;
         }
-        let schema = self.daemon.connection.schema.clone().unwrap_or_default();
+        let schema = self.daemon.schema(&config)?;
         // The start may be dropped: the server's guardian removes what is there when this process has ended.
         let server = tokio::select! {
-            server = start_server(schema) => server?,
-            () = signals.next() => bail!("interrupted"),
+            server = start_server(schema.clone()) => server?,
+            () = shutdown.stopping() => bail!("interrupted"),
         };
         let mut daemon = self.daemon;
-        daemon.connection = Connection {
-            database_url: Some(server.url("pgonce")),
-            database_url_file: None,
-            schema: daemon.connection.schema,
-        };
-        let outcome = daemon.run(&config, signals).await;
+        daemon.connection =
+            Connection { database_url: Some(server.url("pgonce")), database_url_file: None, schema: Some(schema) };
+        let outcome = daemon.run(&config, &shutdown).await;
         tokio::task::spawn_blocking(move || server.stop()).await??;
         outcome
     }
@@ -115,21 +111,21 @@ impl Run {
 
 impl RelayOnly {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
-        let signals = Signals::listen().context("cannot listen for signals")?;
         let mut config = self.daemon.read()?;
+        let shutdown = self.daemon.shutdown(&config)?;
         config.consumers.clear();
         if !self.topics.is_empty() {
             config.topics.retain(|topic| self.topics.contains(&topic.name));
             self.topics.iter().for_each(|topic| config.add_topic(topic));
         }
-        self.daemon.run(&config, signals).await
+        self.daemon.run(&config, &shutdown).await
     }
 }
 
 impl Consume {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
-        let signals = Signals::listen().context("cannot listen for signals")?;
         let mut config = self.daemon.read()?;
+        let shutdown = self.daemon.shutdown(&config)?;
         config.topics.clear();
         let known = |name: &String| config.consumers.iter().any(|consumer| consumer.name == *name);
         if let Some(unknown) = self.consumers.iter().find(|name| !known(name)) {
@@ -141,7 +137,7 @@ impl Consume {
         for (name, topic) in &self.word_count {
             config.add_word_count(name, topic);
         }
-        self.daemon.run(&config, signals).await
+        self.daemon.run(&config, &shutdown).await
     }
 }
 
@@ -156,13 +152,25 @@ impl Daemon {
         if connection.database_url.is_none() && connection.database_url_file.is_none() {
             connection.database_url_file.clone_from(&config.database_url_file);
         }
-        if connection.schema.is_none() {
-            connection.schema = config.schema.as_deref().map(Schema::new).transpose()?;
-        }
+        connection.schema = Some(self.schema(config)?);
         Ok(connection)
     }
 
-    async fn run(&self, config: &Config, signals: Signals) -> anyhow::Result<Outcome> {
+    fn schema(&self, config: &Config) -> anyhow::Result<Schema> {
+        match (&self.connection.schema, &config.schema) {
+            (Some(schema), _) => Ok(schema.clone()),
+            (None, Some(name)) => Ok(Schema::new(name)?),
+            (None, None) => Ok(Schema::default()),
+        }
+    }
+
+    /// Listens for signals, and gives batches so long to finish after the first.
+    fn shutdown(&self, config: &Config) -> anyhow::Result<Shutdown> {
+        let seconds = self.graceful_stop_seconds.or(config.graceful_stop_seconds).unwrap_or(GRACEFUL_STOP_SECONDS);
+        Shutdown::on_signals(Duration::from_secs(seconds)).context("cannot listen for signals")
+    }
+
+    async fn run(&self, config: &Config, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
         if config.topics.is_empty() && config.consumers.is_empty() {
             return Err(Usage(
                 "nothing to run: give --config FILE, or name topics or consumers (see --help)".to_owned(),
@@ -170,13 +178,7 @@ impl Daemon {
             .into());
         }
         config.check().map_err(|error| Usage(error.to_string()))?;
-        let seconds = self.graceful_stop_seconds.or(config.graceful_stop_seconds).unwrap_or(GRACEFUL_STOP_SECONDS);
-        let database = self.connection(config)?.open(1)?;
-        let shutdown = Shutdown::new();
-        let driver = tokio::spawn(signals.drive(shutdown.clone(), Duration::from_secs(seconds)));
-        let outcome = serve(database, config, &shutdown).await;
-        driver.abort();
-        outcome
+        serve(self.connection(config)?.open(1)?, config, shutdown).await
     }
 }
 
@@ -243,7 +245,8 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
             create_consumer(&*session, schema, &consumer.name, Some(&consumer.topic), consumer.start_at.into()).await?;
         }
     }
-    session.give_back();
+    // Not given back: the stages have pools of their own, and nobody would use the connection again.
+    drop(session);
     Ok(())
 }
 

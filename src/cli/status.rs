@@ -7,12 +7,12 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 use tokio_postgres::Row;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::connection::{Connection, Installed};
-use super::signals::Signals;
 use super::text::{print_json, say, seconds, state, table};
 use super::{Outcome, Usage};
-use crate::Error;
+use crate::{Error, Shutdown};
 
 /// How often the report is printed anew.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
@@ -36,7 +36,7 @@ pub(super) struct Status {
     #[arg(long)]
     check: bool,
     /// With --check: how long the oldest message may wait, such as 60s or 5m.
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, requires = "check")]
     max_lag: Duration,
 }
 
@@ -71,8 +71,8 @@ pub(super) struct ConsumerLag {
     lag: i64,
     received: i64,
     duplicates: i64,
-    /// Connections that bear its name.
-    sessions: i64,
+    /// Connections that bear its name, where it is one that they can bear.
+    sessions: Option<i64>,
     oldest_seconds: f64,
 }
 
@@ -90,12 +90,12 @@ impl Status {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         let installed = self.connection.installed().await?;
         if self.check {
-            return check(&Report::read(&installed).await?, self.max_lag, self.json);
+            return check(&installed, self.max_lag, self.json).await;
         } else if !self.watch {
             self.print(&Report::read(&installed).await?)?;
             return Ok(Outcome::Done);
         }
-        let mut signals = Signals::listen().context("cannot listen for signals")?;
+        let shutdown = Shutdown::on_signals(Duration::ZERO).context("cannot listen for signals")?;
         loop {
             let report = Report::read(&installed).await?;
             if std::io::stdout().is_terminal() && !self.json {
@@ -104,7 +104,7 @@ impl Status {
             self.print(&report)?;
             // Both arms only wait.
             tokio::select! {
-                () = signals.next() => return Ok(Outcome::Done),
+                () = shutdown.stopping() => return Ok(Outcome::Done),
                 () = tokio::time::sleep(WATCH_EVERY) => {}
             }
         }
@@ -122,17 +122,19 @@ impl Status {
 }
 
 /// Prints what waits for longer than it may.
-fn check(report: &Report, max_lag: Duration, json: bool) -> anyhow::Result<Outcome> {
-    let too_long = |waits: f64| waits > max_lag.as_secs_f64();
-    let topics = report.topics.iter().filter(|topic| too_long(topic.oldest_pending_seconds)).map(|topic| {
-        let waits = seconds(topic.oldest_pending_seconds);
-        format!("topic {}: {} messages wait for the relay, the oldest for {waits}", topic.topic, topic.pending)
-    });
-    let consumers = report.consumers.iter().filter(|consumer| too_long(consumer.oldest_seconds)).map(|consumer| {
-        let waits = seconds(consumer.oldest_seconds);
-        format!("consumer {}: lags {} messages behind, the oldest waits for {waits}", consumer.consumer, consumer.lag)
-    });
-    let late: Vec<String> = topics.chain(consumers).collect();
+async fn check(installed: &Installed, max_lag: Duration, json: bool) -> anyhow::Result<Outcome> {
+    let parameters: [(&(dyn ToSql + Sync), Type); 1] = [(&max_lag.as_secs_f64(), Type::FLOAT8)];
+    let mut late = Vec::new();
+    for row in installed.rows(include_str!("../../sql/statements/late_topics.sql"), &parameters).await? {
+        let (topic, pending): (&str, i64) = (row.try_get("topic")?, row.try_get("pending")?);
+        let waits = seconds(row.try_get("seconds")?);
+        late.push(format!("topic {topic}: {pending} messages wait for the relay, the oldest for {waits}"));
+    }
+    for row in installed.rows(include_str!("../../sql/statements/late_consumers.sql"), &parameters).await? {
+        let (consumer, lag): (&str, i64) = (row.try_get("consumer")?, row.try_get("lag")?);
+        let waits = seconds(row.try_get("seconds")?);
+        late.push(format!("consumer {consumer}: lags {lag} messages behind, the oldest waits for {waits}"));
+    }
     if json {
         print_json(&serde_json::json!({ "healthy": late.is_empty(), "late": late }))?;
     } else {
@@ -171,7 +173,7 @@ impl Report {
         let heads = ["topic", "state", "scheduled", "pending", "oldest", "touched", "sent", "duplicates", "set aside"];
         say!("{}\n", table(&heads, topics))?;
         print_consumers(&self.consumers)?;
-        let unattended = self.consumers.iter().filter(|consumer| consumer.sessions == 0 && consumer.lag > 0);
+        let unattended = self.consumers.iter().filter(|consumer| consumer.sessions == Some(0) && consumer.lag > 0);
         for consumer in unattended {
             say!("\nnobody seems to run consumer {}: no connection bears its name", consumer.consumer)?;
         }
@@ -205,7 +207,7 @@ pub(super) fn print_consumers(consumers: &[ConsumerLag]) -> std::io::Result<()> 
             seconds(consumer.oldest_seconds),
             consumer.received.to_string(),
             consumer.duplicates.to_string(),
-            consumer.sessions.to_string(),
+            consumer.sessions.map_or_else(|| "?".to_owned(), |sessions| sessions.to_string()),
         ]
     });
     let heads = ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates", "sessions"];

@@ -7,7 +7,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use super::Outcome;
-use super::connection::{Connection, Installed};
+use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::text::{confirm, print_json, say, state, table};
 use crate::{Error, TopicSettings, create_topic};
 
@@ -35,22 +35,13 @@ enum Action {
         connection: Connection,
     },
     /// List all topics.
-    List {
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        connection: Connection,
-    },
+    List(Reading),
     /// Show a topic with its partitions.
     Show {
         /// Its name.
         topic: String,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
         #[command(flatten)]
-        connection: Connection,
+        reading: Reading,
     },
     /// Leave a topic alone in the relay; messages can be enqueued all the same.
     Pause(Named),
@@ -60,25 +51,6 @@ enum Action {
     Purge(Destroyed),
     /// Delete a topic with all its messages. Its consumers have to be deleted first.
     Delete(Destroyed),
-}
-
-#[derive(Debug, Args)]
-struct Named {
-    /// Its name.
-    topic: String,
-    #[command(flatten)]
-    connection: Connection,
-}
-
-#[derive(Debug, Args)]
-struct Destroyed {
-    /// Its name.
-    topic: String,
-    /// Do not ask.
-    #[arg(long)]
-    yes: bool,
-    #[command(flatten)]
-    connection: Connection,
 }
 
 #[derive(Debug, Serialize)]
@@ -114,42 +86,37 @@ impl Topic {
                 create_topic(&*installed.session, installed.schema(), &topic, settings).await?;
                 say!("topic {topic} is there")?;
             }
-            Action::List { json, connection } => {
+            Action::List(Reading { json, connection }) => {
                 let topics = settings(&connection.installed().await?, None).await?;
                 if json { print_json(&topics)? } else { print_list(&topics)? }
             }
-            Action::Show { topic, json, connection } => {
+            Action::Show { topic, reading: Reading { json, connection } } => {
                 let shown = show(&connection.installed().await?, &topic).await?;
                 if json { print_json(&shown)? } else { shown.print()? }
             }
-            Action::Pause(Named { topic, connection }) => {
-                apply(include_str!("../../sql/statements/pause_topic.sql"), &topic, &connection).await?;
-                say!("topic {topic} is paused")?;
+            Action::Pause(topic) => {
+                topic.apply(include_str!("../../sql/statements/pause_topic.sql")).await?;
+                say!("topic {} is paused", topic.name)?;
             }
-            Action::Resume(Named { topic, connection }) => {
-                apply(include_str!("../../sql/statements/resume_topic.sql"), &topic, &connection).await?;
-                say!("topic {topic} goes on")?;
+            Action::Resume(topic) => {
+                topic.apply(include_str!("../../sql/statements/resume_topic.sql")).await?;
+                say!("topic {} goes on", topic.name)?;
             }
-            Action::Purge(Destroyed { topic, yes, connection }) => {
-                confirm(&format!("Really delete all messages of topic {topic}?"), yes)?;
-                let rows = apply(include_str!("../../sql/statements/purge_topic.sql"), &topic, &connection).await?;
-                for row in rows {
+            Action::Purge(Destroyed { named: topic, yes }) => {
+                confirm(&format!("Really delete all messages of topic {}?", topic.name), yes)?;
+                for row in topic.apply(include_str!("../../sql/statements/purge_topic.sql")).await? {
                     let (unsent, queued): (i64, i64) = (row.try_get("unsent")?, row.try_get("queued")?);
-                    say!("deleted {unsent} unsent and {queued} queued messages of topic {topic}")?;
+                    say!("deleted {unsent} unsent and {queued} queued messages of topic {}", topic.name)?;
                 }
             }
-            Action::Delete(Destroyed { topic, yes, connection }) => {
-                confirm(&format!("Really delete topic {topic} with all its messages?"), yes)?;
-                apply(include_str!("../../sql/statements/drop_topic.sql"), &topic, &connection).await?;
-                say!("deleted topic {topic}")?;
+            Action::Delete(Destroyed { named: topic, yes }) => {
+                confirm(&format!("Really delete topic {} with all its messages?", topic.name), yes)?;
+                topic.apply(include_str!("../../sql/statements/drop_topic.sql")).await?;
+                say!("deleted topic {}", topic.name)?;
             }
         }
         Ok(Outcome::Done)
     }
-}
-
-async fn apply(statement: &str, topic: &str, connection: &Connection) -> anyhow::Result<Vec<Row>> {
-    Ok(connection.installed().await?.rows(statement, &[(&topic, Type::TEXT)]).await?)
 }
 
 async fn settings(installed: &Installed, topic: Option<&str>) -> Result<Vec<Settings>, Error> {

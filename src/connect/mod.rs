@@ -125,11 +125,13 @@ impl Target {
     /// The same, with the name of a stage in `application_name`.
     pub(crate) fn for_stage(&self, stage: &str) -> Self {
         let mut target = self.clone();
-        let mut name = format!("{} {stage}", self.common.get_application_name().unwrap_or_default());
-        // Cut between two characters.
-        while name.len() > APPLICATION_NAME_BYTES_MAX {
-            name.pop();
+        let program = self.common.get_application_name().unwrap_or_default();
+        // PostgreSQL cuts the end of what is too long, and the stage stands there.
+        let mut room = APPLICATION_NAME_BYTES_MAX.saturating_sub(stage.len() + 1).min(program.len());
+        while !program.is_char_boundary(room) {
+            room -= 1;
         }
+        let name = format!("{} {stage}", &program[..room]);
         for host in &mut target.hosts {
             host.config.application_name(&name);
         }
@@ -144,8 +146,10 @@ impl Target {
     /// [`ErrorKind::Unavailable`] if no server can be reached.
     pub(crate) async fn listener(&self) -> Result<Listener, Error> {
         let (ring, notifications) = mpsc::channel(1);
-        let (client, task) =
-            self.connect_to_any(Some(&ring)).await.map_err(|error| failed(PoolError::Backend(error)))?;
+        let (client, task) = tokio::time::timeout(self.wait_max(), self.connect_to_any(Some(&ring)))
+            .await
+            .map_err(|_| failed(PoolError::Timeout(TimeoutType::Create)))?
+            .map_err(|error| failed(PoolError::Backend(error)))?;
         Ok(Listener { client, notifications, _task: AbortOnDropHandle::new(task) })
     }
 
@@ -395,4 +399,19 @@ fn is_socket(host: &str) -> bool {
 fn home_file(path: &[&str]) -> Option<PathBuf> {
     let home = std::env::home_dir().filter(|home| home.is_absolute())?;
     Some(path.iter().fold(home, |directory, name| directory.join(name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_stage_is_what_is_kept_of_a_long_application_name() {
+        let target = Target::read(&format!("postgresql://db?application_name={}", "\u{e9}".repeat(40))).expect("a URL");
+        let stage = "counter".repeat(4);
+        let named = target.for_stage(&stage);
+        let name = named.hosts[0].config.get_application_name().expect("a name");
+        assert!(name.len() <= APPLICATION_NAME_BYTES_MAX && name.ends_with(&format!(" {stage}")), "{name}");
+        assert!(target.for_stage(&"c".repeat(300)).common.get_application_name().is_some());
+    }
 }

@@ -110,6 +110,7 @@ async fn a_purge_deletes_all_messages_and_offsets_go_on() {
     let text = said(&database, &["topic", "purge", TOPIC, "--yes"]);
     assert!(text.contains("1 unsent and 1 queued"), "{text}");
     assert_eq!(report(&database, &["consumer", "list"])[0]["lag"], 0);
+    assert_eq!(report(&database, &["message", "show", "sent"])[0]["consumers"][0]["state"], "passed");
     assert!(Producer::new(TOPIC).send(&client, &word("a").id("sent")).await.expect("answered").was_duplicate);
     Producer::new(TOPIC).send(&client, &word("a").id("next")).await.expect("sent");
     let pool = database.database(1);

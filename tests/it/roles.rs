@@ -274,6 +274,10 @@ async fn the_programs_run_with_the_role_that_is_for_them() {
     let status = outcome(&["status", "--database-url", &reader]);
     assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
 
+    // Where nothing is to do, an installation at each start needs no more rights than a worker has.
+    let init = outcome(&["init", "--database-url", &worker]);
+    assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
+
     // Of a consumer that is not there the worker's role is told that it may not create it.
     let arguments = ["run", "--database-url", &worker, "--word-count", "another=words"];
     let mut refused = Running::start(pgonce(&arguments).stderr(Stdio::piped()));

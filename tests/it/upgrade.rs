@@ -36,6 +36,21 @@ async fn of_another_program(changes: &str) -> (TestDatabase, Client) {
     (database, client)
 }
 
+#[tokio::test]
+async fn an_upgrade_lifts_the_sequence_of_a_promoted_replica_too() {
+    let (database, client) = of_another_program("").await;
+    client
+        .batch_execute("select pgonce.create_topic('t', 1); update pgonce.heads set floor = 1000, next_offset = 1001")
+        .await
+        .expect("as a logical replica has it");
+    let mut upgrader = database.connect().await;
+    assert_eq!(
+        migrate(&mut upgrader, &Schema::default()).await.expect("upgraded"),
+        Migration::Upgraded { from: SCHEMA_VERSION }
+    );
+    assert_eq!(number(&client, "select last_value from pgonce.outbox_seq").await, 1000);
+}
+
 /// A role of this database's own, without rights.
 async fn role(client: &Client) -> String {
     let role = texts(client, "select current_database()::text || '_role'").await.remove(0);

@@ -81,6 +81,25 @@ async fn an_idle_worker_asks_less_than_20_times_a_second_and_applies_within_50_m
 }
 
 #[tokio::test]
+async fn a_worker_is_not_kept_awake_by_the_messages_of_others() {
+    const OTHERS: usize = 300;
+    let (database, client) = prepared(1).await;
+    client.batch_execute("select pgonce.create_topic('others', 1)").await.expect("created");
+    let working = Working::start(worker(database.database(1)));
+    until_asleep(&client).await;
+    let (before, since) = (number(&client, STATEMENTS).await, Instant::now());
+    for _ in 0..OTHERS {
+        client.batch_execute("select pgonce.enqueue('others', '{}')").await.expect("enqueued");
+        client.batch_execute("select pgonce.relay('others')").await.expect("relayed");
+    }
+    eventually("a second has passed", async || (since.elapsed().as_secs() >= 1).then_some(())).await;
+    let statements = number(&client, STATEMENTS).await - before - 2 * i64::try_from(OTHERS).expect("a number");
+    let most = 40 * i64::try_from(since.elapsed().as_secs() + 1).expect("a number");
+    assert!(statements <= most, "{statements} statements where {most} are allowed");
+    working.stop().await;
+}
+
+#[tokio::test]
 async fn a_worker_that_cannot_be_notified_hears_all_the_same() {
     let (database, client) = prepared(2).await;
     let config: deadpool_postgres::Config = deadpool_postgres::Config {

@@ -19,7 +19,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::Outcome;
-use super::signals::Signals;
 use super::text::{say, table};
 use crate::{Database, Shutdown};
 
@@ -77,17 +76,17 @@ struct Report {
 
 impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
-        let mut signals = Signals::listen().context("cannot listen for signals")?;
+        let interrupted = Shutdown::on_signals(Duration::MAX).context("cannot listen for signals")?;
         let documents = texts::read(&self.files, self.words)?;
         // The start may be dropped: a private server's guardian removes what is there when this process has ended.
         let world = tokio::select! {
             world = World::create(self.database_url.as_deref()) => world?,
-            () = signals.next() => bail!("interrupted"),
+            () = interrupted.stopping() => bail!("interrupted"),
         };
         // The measured work may be dropped at any point: the workers die with it, and the world is removed below.
         let outcome = tokio::select! {
             outcome = self.measure(&world, &documents) => outcome,
-            () = signals.next() => Err(anyhow::anyhow!("interrupted")),
+            () = interrupted.stopping() => Err(anyhow::anyhow!("interrupted")),
         };
         let keep = self.keep && outcome.is_ok();
         if keep && !self.json {

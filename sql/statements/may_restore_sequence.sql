@@ -1,0 +1,1 @@
+select pg_catalog.has_function_privilege('pgonce.restore_sequence()', 'execute') as may
