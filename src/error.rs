@@ -40,7 +40,7 @@ pub enum ErrorKind {
     InUse,
     /// Messages are missing from the queue (`PO009`).
     Hole,
-    /// `relay`, `purge_topic` or a `drop_…` outside READ COMMITTED (`PO010`).
+    /// `relay`, `fail`, `purge_topic`, a `drop_…`, a replay or a discard outside READ COMMITTED (`PO010`).
     Isolation,
     /// One statement runs `receive` twice (`PO011`).
     ReceivedTwice,
@@ -78,6 +78,35 @@ pub enum Remedy {
 }
 
 impl ErrorKind {
+    /// What an SQLSTATE stands for.
+    pub(crate) fn of_code(code: &SqlState) -> Self {
+        match code.code() {
+            "PO001" => Self::UnknownTopic,
+            "PO002" => Self::UnknownConsumer,
+            "PO003" => Self::Invalid,
+            "PO004" => Self::TooLarge,
+            "PO005" | "PO006" => Self::Conflict,
+            "PO007" => Self::WrongConsumer,
+            "PO008" => Self::InUse,
+            "PO009" => Self::Hole,
+            "PO010" => Self::Isolation,
+            "PO011" => Self::ReceivedTwice,
+            "PO012" => Self::Defect,
+            // serialization_failure, deadlock_detected, lock_not_available
+            "40001" | "40P01" | "55P03" => Self::Contention,
+            // invalid_schema_name, undefined_function
+            "3F000" | "42883" => Self::SchemaMissing,
+            // insufficient_privilege
+            "42501" => Self::Denied,
+            // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, read_only_sql_transaction
+            "53300" | "57P01" | "57P02" | "57P03" | "25006" => Self::Unavailable,
+            // character_not_in_repertoire, numeric_value_out_of_range, invalid_text_representation, untranslatable_character
+            "22021" | "22003" | "22P02" | "22P05" => Self::Payload,
+            connection if connection.starts_with("08") => Self::Unavailable,
+            _ => Self::Database,
+        }
+    }
+
     /// Says whether to retry, to call an operator or to reject the request.
     #[must_use]
     pub fn remedy(self) -> Remedy {
@@ -170,7 +199,7 @@ impl From<tokio_postgres::Error> for Error {
                 _ => converted,
             };
         };
-        let kind = kind_of(reported.code());
+        let kind = ErrorKind::of_code(reported.code());
         let hint = match kind {
             ErrorKind::SchemaMissing => Some("Install the schema of pgonce first: pgonce init.".to_owned()),
             _ if reported.code() == &SqlState::READ_ONLY_SQL_TRANSACTION => Some(
@@ -184,34 +213,6 @@ impl From<tokio_postgres::Error> for Error {
         let mut converted = Self::new(kind, reported.message().to_owned()).with_source(error);
         converted.0.hint = hint;
         converted
-    }
-}
-
-fn kind_of(code: &SqlState) -> ErrorKind {
-    match code.code() {
-        "PO001" => ErrorKind::UnknownTopic,
-        "PO002" => ErrorKind::UnknownConsumer,
-        "PO003" => ErrorKind::Invalid,
-        "PO004" => ErrorKind::TooLarge,
-        "PO005" | "PO006" => ErrorKind::Conflict,
-        "PO007" => ErrorKind::WrongConsumer,
-        "PO008" => ErrorKind::InUse,
-        "PO009" => ErrorKind::Hole,
-        "PO010" => ErrorKind::Isolation,
-        "PO011" => ErrorKind::ReceivedTwice,
-        "PO012" => ErrorKind::Defect,
-        // serialization_failure, deadlock_detected, lock_not_available
-        "40001" | "40P01" | "55P03" => ErrorKind::Contention,
-        // invalid_schema_name, undefined_function
-        "3F000" | "42883" => ErrorKind::SchemaMissing,
-        // insufficient_privilege
-        "42501" => ErrorKind::Denied,
-        // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, read_only_sql_transaction
-        "53300" | "57P01" | "57P02" | "57P03" | "25006" => ErrorKind::Unavailable,
-        // character_not_in_repertoire, numeric_value_out_of_range, invalid_text_representation, untranslatable_character
-        "22021" | "22003" | "22P02" | "22P05" => ErrorKind::Payload,
-        connection if connection.starts_with("08") => ErrorKind::Unavailable,
-        _ => ErrorKind::Database,
     }
 }
 

@@ -26,7 +26,7 @@ pub mod embedded;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
-pub use consume::{BatchHandler, Consumed, Consumer, Handler, HandlerError};
+pub use consume::{BatchHandler, Consumed, Consumer, Failure, Handler, HandlerError};
 pub use database::{Database, Session};
 pub use error::{Error, ErrorKind, Remedy};
 pub use message::{Message, MessageId, Offset, Partition, Received, Sent};

@@ -197,6 +197,8 @@ pub struct Received<T> {
     pub headers: Map<String, Value>,
     /// When it was enqueued, by the database's clock. Orders nothing.
     pub enqueued_at: SystemTime,
+    /// How often it has been tried, this time included. Attempts that no message was to blame for do not count.
+    pub attempt: u32,
 }
 
 /// Whether JSON text holds the escape `\u0000`: an odd number of backslashes before `u0000`.

@@ -29,7 +29,7 @@ pub const RELAY: &str = include_str!("../sql/statements/relay.sql");
 
 /// The next messages of a consumer, recorded as processed: `$1` consumer (text), `$2` how many at the most (integer).
 /// Answers them in the order of their offsets: `partition` (integer), `offset` (bigint), `message_id` (text), `key` (text or
-/// null), `payload` (jsonb), `headers` (jsonb or null), `enqueued_at` (timestamptz). Apply all of them, in later statements
+/// null), `payload` (jsonb), `headers` (jsonb or null), `enqueued_at` (timestamptz), `attempt` (integer). Apply all of them, in later statements
 /// of the same transaction.
 pub const RECEIVE: &str = include_str!("../sql/statements/receive.sql");
 

@@ -15,7 +15,7 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use crate::consume::Consumer;
+use crate::consume::{Consumed, Consumer};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind, Remedy};
 use crate::relay::Relay;
@@ -69,6 +69,8 @@ pub struct Report {
     pub moved: u64,
     /// Messages whose effect its consumers applied.
     pub applied: u64,
+    /// Attempts of its consumers that failed.
+    pub failed: u64,
 }
 
 impl Worker {
@@ -162,6 +164,7 @@ impl Worker {
                 Ok(part) => {
                     report.moved += part.moved;
                     report.applied += part.applied;
+                    report.failed += part.failed;
                 }
                 Err(error) => {
                     stop.stop();
@@ -206,9 +209,12 @@ impl Stage {
                 if relayed.moved > 0 {
                     self.bells.ring_consumers();
                 }
-                Ok(Report { moved: relayed.moved, applied: 0 })
+                Ok(Report { moved: relayed.moved, ..Report::default() })
             }
-            Work::Consumer(consumer) => Ok(Report { moved: 0, applied: consumer.step(database).await?.applied }),
+            Work::Consumer(consumer) => {
+                let Consumed { applied, failed } = consumer.step(database).await?;
+                Ok(Report { moved: 0, applied, failed })
+            }
         }
     }
 }
@@ -230,6 +236,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
                 failures.end(stage.name());
                 done.moved += step.moved;
                 done.applied += step.applied;
+                done.failed += step.failed;
                 if step != Report::default() {
                     pause = PAUSE_MIN;
                     continue;

@@ -185,6 +185,10 @@ create table pgonce.consumers (
   consumer text collate "C" not null unique check (octet_length(consumer) between 1 and 255),
   topic_id integer references pgonce.topics,
   paused boolean not null default false,
+  failure_policy text collate "C" not null default 'park_key' check (failure_policy in ('park_key', 'block', 'skip')),
+  attempts_max integer not null default 10 check (attempts_max between 1 and 1000),
+  backoff_min_ms integer not null default 500 check (backoff_min_ms between 1 and 86400000),
+  backoff_max_ms integer not null default 30000 check (backoff_max_ms between backoff_min_ms and 86400000),
   created_at timestamptz not null default clock_timestamp()
 );
 comment on table pgonce.consumers is 'Named readers of a topic, and inboxes (consumers without a topic) for messages that come from elsewhere.';
@@ -192,6 +196,10 @@ comment on column pgonce.consumers.consumer_id is 'Short name of the consumer in
 comment on column pgonce.consumers.consumer is 'Name, 1 to 255 bytes.';
 comment on column pgonce.consumers.topic_id is 'The topic that it reads; null for an inbox.';
 comment on column pgonce.consumers.paused is 'While true, receive returns nothing.';
+comment on column pgonce.consumers.failure_policy is 'What waits while a message that failed is tried again: it and the later ones of its key (park_key), its partition (block), or only the message itself (skip).';
+comment on column pgonce.consumers.attempts_max is 'After so many failed attempts a message becomes a dead letter.';
+comment on column pgonce.consumers.backoff_min_ms is 'Longest wait after the first failed attempt, in milliseconds; it doubles with each further one. The wait is random up to it.';
+comment on column pgonce.consumers.backoff_max_ms is 'Longest wait after any failed attempt, in milliseconds.';
 comment on column pgonce.consumers.created_at is 'When the consumer was created.';
 
 create table pgonce.consumer_partitions (
@@ -210,6 +218,8 @@ create table pgonce.progress (
   next_offset bigint not null check (next_offset >= 1),
   received bigint not null check (received >= 0),
   duplicates bigint not null check (duplicates >= 0),
+  failures bigint not null default 0 check (failures >= 0),
+  dead bigint not null default 0 check (dead >= 0),
   writer xid8 not null default pg_current_xact_id(),
   primary key (consumer_id, partition, generation)
 );
@@ -220,6 +230,8 @@ comment on column pgonce.progress.generation is 'Rises by one with each change.'
 comment on column pgonce.progress.next_offset is 'Offset of the next message to receive.';
 comment on column pgonce.progress.received is 'Messages received, ever, without duplicates.';
 comment on column pgonce.progress.duplicates is 'Messages left out, ever, because they were processed before.';
+comment on column pgonce.progress.failures is 'Attempts that failed, ever.';
+comment on column pgonce.progress.dead is 'Messages that became dead letters, ever.';
 comment on column pgonce.progress.writer is 'The transaction that wrote this generation: how receive notices that one statement runs it twice.';
 
 create table pgonce.processed_ids (
@@ -237,6 +249,82 @@ comment on column pgonce.processed_ids.processed_at is 'When it was processed.';
 comment on column pgonce.processed_ids.consumer_id is 'The consumer.';
 comment on column pgonce.processed_ids.partition is 'The partition in which it stood; null in an inbox.';
 comment on column pgonce.processed_ids.message_id is 'The message.';
+
+create table pgonce.parked (
+  "offset" bigint not null check ("offset" >= 1),
+  enqueued_at timestamptz not null,
+  parked_at timestamptz not null default clock_timestamp(),
+  due_at timestamptz,
+  taken_by xid8,
+  consumer_id integer not null,
+  partition integer not null,
+  attempts integer not null check (attempts >= 0),
+  bytes integer not null,
+  message_id text collate "C" not null,
+  key text collate "C",
+  error text,
+  payload jsonb not null,
+  headers jsonb,
+  primary key (consumer_id, partition, "offset")
+);
+create index parked_due on pgonce.parked (consumer_id, partition, due_at) where due_at is not null and taken_by is null;
+create index parked_key on pgonce.parked (consumer_id, partition, key, "offset") where taken_by is null;
+create index parked_taken on pgonce.parked (consumer_id, partition) where taken_by is not null;
+comment on table pgonce.parked is 'Messages that wait to be tried again, and those that wait behind them, with copies of their own: the queue may be cleaned up meanwhile.';
+comment on column pgonce.parked."offset" is 'Where it stands in the partition. It may lie ahead of the consumer, which leaves it out when it gets there.';
+comment on column pgonce.parked.enqueued_at is 'When it was enqueued.';
+comment on column pgonce.parked.parked_at is 'When it was parked.';
+comment on column pgonce.parked.due_at is 'When it is tried again; null while it waits behind another one of its key.';
+comment on column pgonce.parked.taken_by is 'The transaction that has received it. If that committed, the message is processed, and the next receive removes the row.';
+comment on column pgonce.parked.consumer_id is 'The consumer.';
+comment on column pgonce.parked.partition is 'The partition.';
+comment on column pgonce.parked.attempts is 'Attempts that have failed.';
+comment on column pgonce.parked.bytes is 'Size of payload and headers before compression.';
+comment on column pgonce.parked.message_id is 'Its id.';
+comment on column pgonce.parked.key is 'Its key.';
+comment on column pgonce.parked.error is 'How the last attempt failed.';
+comment on column pgonce.parked.payload is 'Its payload.';
+comment on column pgonce.parked.headers is 'Its headers.';
+
+create table pgonce.dead_letters (
+  dead_letter_id bigint generated always as identity primary key,
+  "offset" bigint not null check ("offset" >= 1),
+  enqueued_at timestamptz not null,
+  failed_at timestamptz not null default clock_timestamp(),
+  settled_at timestamptz,
+  consumer_id integer not null,
+  partition integer not null,
+  attempts integer not null check (attempts >= 0),
+  bytes integer not null,
+  state text collate "C" not null default 'dead' check (state in ('dead', 'replayed', 'discarded')),
+  message_id text collate "C" not null,
+  key text collate "C",
+  error text not null,
+  settled_by name,
+  payload jsonb not null,
+  headers jsonb,
+  check ((state = 'dead') = (settled_at is null)),
+  check ((settled_at is null) = (settled_by is null))
+);
+create unique index dead_letters_dead on pgonce.dead_letters (consumer_id, partition, "offset") where state = 'dead';
+create index dead_letters_offset on pgonce.dead_letters (consumer_id, partition, "offset");
+comment on table pgonce.dead_letters is 'Messages that a consumer has given up, with copies of their own. A row stays when somebody replays or discards it, and says who did that, and when.';
+comment on column pgonce.dead_letters.dead_letter_id is 'Names it for replay and discard.';
+comment on column pgonce.dead_letters."offset" is 'Where the message stands in the partition.';
+comment on column pgonce.dead_letters.enqueued_at is 'When it was enqueued.';
+comment on column pgonce.dead_letters.failed_at is 'When its last attempt failed.';
+comment on column pgonce.dead_letters.settled_at is 'When it was replayed or discarded.';
+comment on column pgonce.dead_letters.consumer_id is 'The consumer.';
+comment on column pgonce.dead_letters.partition is 'The partition.';
+comment on column pgonce.dead_letters.attempts is 'Attempts that have failed.';
+comment on column pgonce.dead_letters.bytes is 'Size of payload and headers before compression.';
+comment on column pgonce.dead_letters.state is 'dead, until somebody has replayed or discarded it.';
+comment on column pgonce.dead_letters.message_id is 'Its id.';
+comment on column pgonce.dead_letters.key is 'Its key.';
+comment on column pgonce.dead_letters.error is 'How the last attempt failed, with the causes.';
+comment on column pgonce.dead_letters.settled_by is 'The role that replayed or discarded it.';
+comment on column pgonce.dead_letters.payload is 'Its payload.';
+comment on column pgonce.dead_letters.headers is 'Its headers.';
 
 create table pgonce.duplicate_receipts (
   consumer_id integer not null,
@@ -270,6 +358,12 @@ create type pgonce.cancelled as (message_id text, was_cancelled boolean);
 comment on type pgonce.cancelled is 'What cancel answers.';
 create type pgonce.relayed as (topic text, partition integer, moved integer, blocked integer);
 comment on type pgonce.relayed is 'What relay did in a partition: messages moved to the queue, and messages that wait because another session holds a lock on them or on an earlier one of their key.';
+create type pgonce.failed as (outcome text, attempts integer, due_at timestamptz, withdrawn bigint[]);
+comment on type pgonce.failed is 'What fail has made of a message: parked, dead, or gone (somebody else has settled it). withdrawn: the offsets that this transaction had received, and no longer has.';
+create type pgonce.tried as (failed integer, withdrawn bigint[]);
+comment on type pgonce.tried is 'What try_statements answers: how many messages failed, and the offsets that this transaction no longer has received.';
+create type pgonce.settled as (dead_letter_id bigint, was_settled boolean);
+comment on type pgonce.settled is 'What replay_dead_letters and discard_dead_letters answer: false where somebody else had settled it before.';
 create type pgonce.purged as (topic text, unsent bigint, queued bigint);
 comment on type pgonce.purged is 'What purge_topic deleted: messages that had not been relayed, and messages of the queue.';
 create type pgonce.due as (stage text, name text);

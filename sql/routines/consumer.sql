@@ -24,7 +24,11 @@ comment on function pgonce.consumer_row is 'Internal: the consumer of that name,
 create or replace function pgonce.create_consumer(
   consumer text,
   topic text default null,
-  start_at text default 'earliest')
+  start_at text default 'earliest',
+  failure_policy text default null,
+  attempts_max integer default null,
+  backoff_min_ms integer default null,
+  backoff_max_ms integer default null)
 returns setof pgonce.consumers
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -42,6 +46,20 @@ begin
   elsif start_at is null or start_at not in ('earliest', 'latest') then
     raise exception using errcode = 'PO003', message = format('start_at of %L', start_at),
       hint = 'A consumer starts at ''earliest'' or at ''latest''.';
+  elsif failure_policy not in ('park_key', 'block', 'skip') then
+    raise exception using errcode = 'PO003', message = format('failure_policy of %L', failure_policy),
+      hint = 'It is ''park_key'', ''block'' or ''skip''.';
+  elsif attempts_max not between 1 and 1000 then
+    raise exception using errcode = 'PO003', message = format('attempts_max of %s', attempts_max),
+      hint = '1 to 1000 attempts are possible.';
+  elsif backoff_min_ms not between 1 and 86400000 or backoff_max_ms not between 1 and 86400000 then
+    raise exception using errcode = 'PO003',
+      message = format('backoff_min_ms of %s, backoff_max_ms of %s', backoff_min_ms, backoff_max_ms),
+      hint = 'A backoff lasts 1 to 86400000 milliseconds (a day).';
+  elsif backoff_min_ms > backoff_max_ms then
+    raise exception using errcode = 'PO003',
+      message = format('backoff_min_ms of %s above backoff_max_ms of %s', backoff_min_ms, backoff_max_ms),
+      hint = 'The wait grows from the first to the second.';
   end if;
   if topic is not null then
     reads := pgonce.topic_row(topic);
@@ -53,7 +71,10 @@ begin
   end if;
 
   loop
-    insert into pgonce.consumers as c (consumer, topic_id) values (create_consumer.consumer, reads.topic_id)
+    insert into pgonce.consumers as c (consumer, topic_id, failure_policy, attempts_max, backoff_min_ms, backoff_max_ms)
+    values (create_consumer.consumer, reads.topic_id, coalesce(create_consumer.failure_policy, 'park_key'),
+            coalesce(create_consumer.attempts_max, 10), least(coalesce(create_consumer.backoff_min_ms, 500), create_consumer.backoff_max_ms),
+            greatest(coalesce(create_consumer.backoff_max_ms, 30000), create_consumer.backoff_min_ms))
     on conflict (consumer) do nothing
     returning c.* into existing;
     created := found;
@@ -78,10 +99,31 @@ begin
       message = format('consumer %L reads %s', consumer,
         coalesce((select format('topic %L', t.topic) from pgonce.topics t where t.topic_id = existing.topic_id), 'no topic')),
       hint = 'A consumer is bound to its topic. Give another name, or drop this one first.';
+  elsif failure_policy <> existing.failure_policy then
+    raise exception using errcode = 'PO006',
+      message = format('consumer %L has the failure policy %s', consumer, existing.failure_policy),
+      hint = 'A failure policy cannot change. Give another name, or drop this one first.';
   end if;
-  return next existing;
+  -- What is not said stays. Of the two waits one may push the other.
+  return query
+    with wanted as (
+      select coalesce(create_consumer.attempts_max, existing.attempts_max) as attempts_max,
+             least(coalesce(create_consumer.backoff_min_ms, existing.backoff_min_ms), create_consumer.backoff_max_ms) as min_ms,
+             greatest(coalesce(create_consumer.backoff_max_ms, existing.backoff_max_ms), create_consumer.backoff_min_ms) as max_ms
+    ),
+    changed as (
+      update pgonce.consumers c
+      set attempts_max = w.attempts_max, backoff_min_ms = w.min_ms, backoff_max_ms = w.max_ms
+      from wanted w
+      where c.consumer_id = existing.consumer_id
+        and (c.attempts_max, c.backoff_min_ms, c.backoff_max_ms) is distinct from (w.attempts_max, w.min_ms, w.max_ms)
+      returning c.*
+    )
+    select * from changed
+    union all
+    select existing.* where not exists (select from changed);
 end $$;
-comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. Without a topic it is an inbox for process_once. Errors: PO001, PO003, PO006 (bound to another topic).';
+comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. Errors: PO001, PO003, PO006 (bound to another topic, or with another policy).';
 
 create or replace function pgonce.drop_consumer(consumer text)
 returns setof pgonce.consumers
@@ -103,12 +145,14 @@ begin
   delete from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.progress p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.processed_ids p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.parked p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.dead_letters d where d.consumer_id = dropped.consumer_id;
   delete from pgonce.duplicate_receipts d where d.consumer_id = dropped.consumer_id;
   delete from pgonce.word_counts w where w.consumer = dropped.consumer;
   delete from pgonce.consumers c where c.consumer_id = dropped.consumer_id;
   return next dropped;
 end $$;
-comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, and its word counts; its effects in tables of yours stay. Answers the row that it dropped. Errors: PO002, PO010 (READ COMMITTED only).';
+comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, its parked messages and dead letters, and its word counts; its effects in tables of yours stay. Answers the row that it dropped. Errors: PO002, PO010 (READ COMMITTED only).';
 
 create or replace function pgonce.pause_consumer(consumer text)
 returns setof pgonce.consumers

@@ -30,8 +30,10 @@ begin
   get diagnostics answer.unsent = row_count;
   delete from pgonce.queue q where q.topic_id = target.topic_id;
   get diagnostics answer.queued = row_count;
-  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
-  select p.consumer_id, p.partition, p.generation + 1, h.next_offset, p.received, p.duplicates
+  delete from pgonce.parked k
+  where k.consumer_id in (select c.consumer_id from pgonce.consumers c where c.topic_id = target.topic_id);
+  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
+  select p.consumer_id, p.partition, p.generation + 1, h.next_offset, p.received, p.duplicates, p.failures, p.dead
   from pgonce.consumers c
   join pgonce.consumer_partitions cp using (consumer_id)
   cross join lateral pgonce.newest_progress(cp.consumer_id, cp.partition) p
@@ -40,4 +42,4 @@ begin
   answer.topic := target.topic;
   return next answer;
 end $$;
-comment on function pgonce.purge_topic is 'Deletes all messages of a topic, sent and unsent, and takes its consumers past them; offsets go on from where they were. Ids of messages that were sent stay known as duplicates. A message of a transaction that is still open is not purged. Answers how many were deleted from outbox and queue. Errors: PO001, PO010 (READ COMMITTED only).';
+comment on function pgonce.purge_topic is 'Deletes all messages of a topic, sent, unsent and parked, and takes its consumers past them; offsets go on from where they were. Ids of messages that were sent stay known as duplicates. A message of a transaction that is still open is not purged. Answers how many were deleted from outbox and queue. Errors: PO001, PO010 (READ COMMITTED only).';

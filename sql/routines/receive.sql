@@ -5,6 +5,11 @@
 -- Indexes: the primary keys of queue (topic_id, partition, offset), progress and processed_ids. Every look at the queue is
 -- in the order of the offsets, with sorting switched off: so no statistics can make another index look as good.
 --
+-- What failed before. Messages that are parked (fail.sql) come back through receive, ahead of new ones and in the order of
+-- their keys; a batch has either. They stay in `parked`, marked by the transaction that took them, until a later receive
+-- removes them: so the view `received` can show them, and no payload is copied back. New messages that must not overtake
+-- a parked one are parked behind it, and the offset moves past them.
+--
 -- A stale statement. In `with received as (select * from receive(…)) update …` the snapshot of the whole statement is
 -- older than the lock that receive takes. What the holder before committed in between is invisible to the update: its
 -- effect would be computed from the state before, and silently lost, while the offset moves on. So receive is a STABLE
@@ -27,18 +32,30 @@ select
   q.key,
   q.payload,
   q.headers,
-  q.enqueued_at
+  q.enqueued_at,
+  1 as attempt
 from pgonce.consumers c
 join pgonce.queue q on q.topic_id = c.topic_id
 where c.consumer_id = nullif(current_setting('pgonce_batch.consumer_id', true), '')::integer
   and q.partition = nullif(current_setting('pgonce_batch.partition', true), '')::integer
   and q."offset" between nullif(current_setting('pgonce_batch.first_offset', true), '')::bigint
                      and nullif(current_setting('pgonce_batch.last_offset', true), '')::bigint
-  and (current_setting('pgonce_batch.has_duplicates', true) = 'false'
+  and current_setting('pgonce_batch.is_of_parked', true) = 'false'
+  and (current_setting('pgonce_batch.has_gaps', true) = 'false'
     or exists (
       select from pgonce.processed_ids p
       where p.consumer_id = c.consumer_id and p.message_id = q.message_id
-        and p.partition = q.partition and p."offset" = q."offset"));
+        and p.partition = q.partition and p."offset" = q."offset"))
+union all
+select c.consumer, k.partition, k."offset", k.message_id, k.key, k.payload, k.headers, k.enqueued_at, k.attempts + 1
+from pgonce.consumers c
+join pgonce.parked k on k.consumer_id = c.consumer_id
+where c.consumer_id = nullif(current_setting('pgonce_batch.consumer_id', true), '')::integer
+  and k.partition = nullif(current_setting('pgonce_batch.partition', true), '')::integer
+  and k."offset" between nullif(current_setting('pgonce_batch.first_offset', true), '')::bigint
+                     and nullif(current_setting('pgonce_batch.last_offset', true), '')::bigint
+  and current_setting('pgonce_batch.is_of_parked', true) = 'true'
+  and k.taken_by = pg_current_xact_id_if_assigned();
 comment on view pgonce.received is 'The messages that open_batch received in this transaction: what the statements of an sql consumer read. Its row type is also what receive returns. Empty outside such a transaction.';
 
 create or replace function pgonce.newest_progress(consumer_id integer, partition integer)
@@ -116,6 +133,137 @@ begin
 end $$;
 comment on function pgonce.known_ids is 'Internal: which ids in a run of offsets the consumer has processed before.';
 
+create or replace function pgonce.has_something(reader pgonce.consumers, partition integer, next_offset bigint)
+returns boolean
+language plpgsql stable
+as $$
+#variable_conflict use_column
+begin
+  -- One look into an index each, whatever the statistics say: `limit 1` cannot become a join, and outside of `exists`
+  -- the order stays.
+  perform from pgonce.parked k
+  where k.consumer_id = reader.consumer_id and k.partition = has_something.partition
+    and k.taken_by is null and k.due_at <= clock_timestamp()
+  order by k.due_at
+  limit 1;
+  if found then
+    return true;
+  elsif reader.failure_policy = 'block' and exists (
+    select from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = has_something.partition
+      and k.taken_by is null and k."offset" < next_offset) then
+    return false;
+  end if;
+  perform from pgonce.queue q
+  where q.topic_id = reader.topic_id and q.partition = has_something.partition and q."offset" >= next_offset
+  order by q."offset"
+  limit 1;
+  return found;
+end $$;
+comment on function pgonce.has_something is 'Internal: whether a consumer may find something to receive in a partition, from that offset on or parked.';
+
+create or replace function pgonce.take_parked(
+  reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint)
+returns bigint[]
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+  taken bigint[];
+  keys text[];
+  known text[];
+begin
+  -- Those that are due and the first of their keys, the longest due first, each with what waits behind it.
+  select array_agg(b."offset" order by b."offset"), array_agg(distinct b.key)
+  into taken, keys
+  from (
+    select l."offset", l.key, sum(l.bytes) over in_turn - l.bytes as bytes_before
+    from (
+      select d.due_at, d."offset" as first_offset, l."offset", l.key, l.bytes
+      from (
+        select k.due_at, k."offset", k.key
+        from pgonce.parked k
+        where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+          and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset
+          and (reader.failure_policy = 'skip' or not exists (
+            select from pgonce.parked f
+            where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
+              and (f.key = k.key or reader.failure_policy = 'block') and f."offset" < k."offset"))
+        order by k.due_at, k."offset"
+        limit take_parked.max) d
+      cross join lateral (
+        select k."offset", k.key, k.bytes
+        from pgonce.parked k
+        where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = d."offset"
+        union all
+        (select k."offset", k.key, k.bytes
+         from pgonce.parked k
+         where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
+           and k.key = d.key and k."offset" > d."offset" and k."offset" < take_parked.next_offset
+           and k.due_at is null
+         order by k."offset"
+         limit take_parked.max)) l
+      order by d.due_at, d."offset", l."offset"
+      limit take_parked.max) l
+    window in_turn as (order by l.due_at, l.first_offset, l."offset" rows unbounded preceding)) b
+  where b.bytes_before < take_parked.max_bytes;
+  if taken is null then
+    return '{}';
+  end if;
+
+  update pgonce.parked k
+  set taken_by = pg_current_xact_id()
+  where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken);
+  perform pgonce.release_next(reader.consumer_id, partition, keys);
+  -- An id that was processed before in another place is left out, as everywhere.
+  with recorded as (
+    insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
+    select k."offset", k.consumer_id, k.partition, k.message_id
+    from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken)
+    order by k."offset"
+    on conflict do nothing
+    returning "offset"
+  )
+  select coalesce(array_agg(r."offset" order by r."offset"), '{}') into taken from recorded r;
+  return taken;
+end $$;
+comment on function pgonce.take_parked is 'Internal: takes parked messages that are due and records them as processed; answers their offsets.';
+
+create or replace function pgonce.left_out(
+  reader pgonce.consumers, partition integer, first_offset bigint, last_offset bigint)
+returns text[]
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+begin
+  if reader.failure_policy = 'park_key' then
+    insert into pgonce.parked (
+      "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, payload, headers)
+    select q."offset", q.enqueued_at, reader.consumer_id, q.partition, 0, q.bytes, q.message_id, q.key, q.payload, q.headers
+    from pgonce.queue q
+    where q.topic_id = reader.topic_id and q.partition = left_out.partition
+      and q."offset" between first_offset and last_offset
+      and exists (
+        select from pgonce.parked k
+        where k.consumer_id = reader.consumer_id and k.partition = left_out.partition and k.taken_by is null
+          and k.key = q.key and k."offset" < q."offset")
+      and not exists (
+        select from pgonce.dead_letters d
+        where d.consumer_id = reader.consumer_id and d.partition = left_out.partition and d."offset" = q."offset")
+    on conflict do nothing;
+  end if;
+  return array(
+    select k.message_id from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = left_out.partition
+      and k."offset" between first_offset and last_offset
+    union
+    select d.message_id from pgonce.dead_letters d
+    where d.consumer_id = reader.consumer_id and d.partition = left_out.partition
+      and d."offset" between first_offset and last_offset);
+end $$;
+comment on function pgonce.left_out is 'Internal: parks the messages of a run of offsets that must not overtake a parked one, and answers the ids of those that are parked or dead.';
+
 create or replace function pgonce.receive_seen(
   consumer text, max integer, partition integer, max_bytes bigint, seen bigint[])
 returns setof pgonce.received
@@ -134,7 +282,10 @@ declare
   target record;
   current pgonce.progress;
   batch record;
+  waiting record;
   known text[];
+  held text[];
+  taken bigint[];
 begin
   reader := pgonce.consumer_row(consumer);
   if reader.topic_id is null then
@@ -167,15 +318,9 @@ begin
     select p.partition, seen[case when receive_seen.partition is null then p.partition + 1 else 1 end] as generation
     from pgonce.consumer_partitions p
     cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
-    -- One look into the index a partition, whatever the statistics say: `limit 1` cannot become a join over the queue.
-    cross join lateral (
-      select 1
-      from pgonce.queue q
-      where q.topic_id = reader.topic_id and q.partition = p.partition and q."offset" >= newest.next_offset
-      order by q."offset"
-      limit 1) something
     where p.consumer_id = reader.consumer_id
       and (receive_seen.partition is null or p.partition = receive_seen.partition)
+      and pgonce.has_something(reader, p.partition, newest.next_offset)
     order by random()
   loop
     perform from pgonce.consumer_partitions p
@@ -184,6 +329,27 @@ begin
     continue when not found;
     current := pgonce.newest_progress(reader.consumer_id, target.partition);
     continue when current.generation is distinct from target.generation;
+
+    if exists (
+      select from pgonce.parked k where k.consumer_id = reader.consumer_id and k.partition = target.partition) then
+      -- Those that an earlier transaction took are processed: it has committed, or else they would not bear its mark.
+      delete from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = target.partition
+        and k.taken_by is not null and k.taken_by is distinct from pg_current_xact_id_if_assigned();
+      taken := pgonce.take_parked(reader, target.partition, current.next_offset, max, max_bytes);
+      if cardinality(taken) > 0 then
+        insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
+        values (reader.consumer_id, target.partition, current.generation + 1, current.next_offset,
+                current.received + cardinality(taken), current.duplicates, current.failures, current.dead);
+        return query
+          select reader.consumer, k.partition, k."offset", k.message_id, k.key, k.payload, k.headers, k.enqueued_at, k.attempts + 1
+          from pgonce.parked k
+          where k.consumer_id = reader.consumer_id and k.partition = target.partition and k."offset" = any (taken)
+          order by k."offset";
+        perform set_config('pgonce_batch.is_open', 'true', true), set_config('pgonce_batch.is_of_parked', 'true', true);
+        return;
+      end if;
+    end if;
 
     -- How far the batch goes. Only where the bytes do not fit is it worth adding them up row by row.
     select count(*) as messages, coalesce(max(q."offset"), 0) as last, sum(q.bytes) as bytes
@@ -211,11 +377,27 @@ begin
         message = format('partition %s of consumer %L has a hole at or after offset %s', target.partition, consumer, current.next_offset),
         hint = 'Messages were deleted from the queue by hand. Restore them, or create the consumer anew.';
     end if;
+    held := '{}';
+    if exists (
+      select from pgonce.parked k where k.consumer_id = reader.consumer_id and k.partition = target.partition)
+      or exists (
+      select from pgonce.dead_letters d
+      where d.consumer_id = reader.consumer_id and d.partition = target.partition and d."offset" >= current.next_offset) then
+      if reader.failure_policy = 'block' then
+        select min(k."offset") as first into strict waiting
+        from pgonce.parked k
+        where k.consumer_id = reader.consumer_id and k.partition = target.partition and k.taken_by is null;
+        continue when waiting.first < current.next_offset;
+        batch.last := least(batch.last, waiting.first);
+        batch.messages := batch.last - current.next_offset + 1;
+      end if;
+      held := pgonce.left_out(reader, target.partition, current.next_offset, batch.last);
+    end if;
     -- Under the lock nobody else adds a generation. A caller above READ COMMITTED whose snapshot is too old for the
     -- newest one gets 40001 here.
-    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
+    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
     values (reader.consumer_id, target.partition, current.generation + 1, batch.last + 1,
-            current.received + batch.messages, current.duplicates)
+            current.received + batch.messages - cardinality(held), current.duplicates, current.failures, current.dead)
     on conflict do nothing;
     if not found then
       raise exception using errcode = 'PO012', message = 'a newer generation of progress than the newest',
@@ -225,24 +407,25 @@ begin
     -- primary key finds the duplicates. They are rare: only then is each id looked up.
     known := '{}';
     begin
-      perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known);
+      perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, held);
     exception when unique_violation then
       known := pgonce.known_ids(reader, target.partition, current.next_offset, batch.last);
+      known := array(select k from unnest(known) k where k <> all (held));
       if cardinality(known) = 0 then
         raise exception using errcode = '40001', message = 'the snapshot is older than what the consumer has processed',
           hint = 'Run the transaction again.';
       end if;
-      perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known);
+      perform pgonce.record_batch(reader, target.partition, current.next_offset, batch.last, known || held);
       update pgonce.progress p
       set received = p.received - cardinality(known), duplicates = p.duplicates + cardinality(known)
       where p.consumer_id = reader.consumer_id and p.partition = target.partition and p.generation = current.generation + 1;
     end;
     return query
-      select reader.consumer, q.partition, q."offset", q.message_id, q.key, q.payload, q.headers, q.enqueued_at
+      select reader.consumer, q.partition, q."offset", q.message_id, q.key, q.payload, q.headers, q.enqueued_at, 1
       from pgonce.queue q
       where q.topic_id = reader.topic_id and q.partition = target.partition
         and q."offset" between current.next_offset and batch.last
-        and (cardinality(known) = 0 or q.message_id <> all (known))
+        and (cardinality(held) + cardinality(known) = 0 or q.message_id <> all (known || held))
       order by q."offset";
     if current.generation % 64 = 0 then
       delete from pgonce.progress p
@@ -250,8 +433,8 @@ begin
         and p.generation between current.generation - 200 and current.generation - 64;
     end if;
     -- Gone with the transaction: how a worker sees that a handler has not ended it.
-    perform set_config('pgonce_batch.is_open', 'true', true);
-    exit when cardinality(known) < batch.messages;
+    perform set_config('pgonce_batch.is_open', 'true', true), set_config('pgonce_batch.is_of_parked', 'false', true);
+    exit when cardinality(known) + cardinality(held) < batch.messages;
   end loop;
 end $$;
 comment on function pgonce.receive_seen is 'Internal: receive, told which generations of progress the calling statement has seen.';
@@ -264,12 +447,12 @@ create or replace function pgonce.receive(
 returns setof pgonce.received
 language sql stable rows 1000
 begin atomic
-  select r.consumer, r.partition, r."offset", r.message_id, r.key, r.payload, r.headers, r.enqueued_at
+  select r.consumer, r.partition, r."offset", r.message_id, r.key, r.payload, r.headers, r.enqueued_at, r.attempt
   from pgonce.receive_seen(
     receive.consumer, receive.max, receive.partition, receive.max_bytes,
     pgonce.seen_progress(receive.consumer, receive.partition)) r;
 end;
-comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole), PO011 (twice in one statement).';
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; those first that failed before and are due again (attempt says how often they have been tried, this time included); recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole), PO011 (twice in one statement).';
 
 create or replace function pgonce.open_batch(
   consumer text,
@@ -292,16 +475,7 @@ begin
           set_config('pgonce_batch.partition', coalesce(batch.partition::text, ''), true),
           set_config('pgonce_batch.first_offset', coalesce(batch.first::text, ''), true),
           set_config('pgonce_batch.last_offset', coalesce(batch.last::text, ''), true),
-          set_config('pgonce_batch.has_duplicates', coalesce((batch.messages <> batch.last - batch.first + 1)::text, ''), true);
+          set_config('pgonce_batch.has_gaps', coalesce((batch.messages <> batch.last - batch.first + 1)::text, ''), true);
   return batch.messages;
 end $$;
 comment on function pgonce.open_batch is 'receive without handing the messages out: until the end of the transaction, the view received shows them. Answers their number.';
-
-create or replace function pgonce.apply_statements(statements text)
-returns void
-language plpgsql volatile
-as $$
-begin
-  execute statements;
-end $$;
-comment on function pgonce.apply_statements is 'Runs the statements of an sql consumer, with the rights and the search_path of the caller, each with a snapshot of its own. COMMIT and ROLLBACK fail in here: what was received commits together with all of its effect, or not at all.';

@@ -2,7 +2,7 @@
 --
 -- The verbs are SECURITY DEFINER: they run with the rights of the schema's owner, and for that reason with a
 -- search_path of their own and every name qualified. `receive` is not, since it has to be inlined into the caller's
--- statement (receive.sql), so that its caller needs receive_seen and seen_progress as well; nor is apply_statements, since
+-- statement (receive.sql), so that its caller needs receive_seen and seen_progress as well; nor are apply_statements and try_statements, since
 -- the statements of a consumer have the rights of whoever runs it. The other internal functions
 -- run inside a verb, with its rights and its search_path, and need no grant.
 --

@@ -62,6 +62,8 @@ select
   g.next_offset,
   g.received,
   g.duplicates,
+  g.failures,
+  g.dead,
   g.generation
 from pgonce.consumers c
 join pgonce.consumer_partitions cp using (consumer_id)
@@ -84,14 +86,63 @@ select
   case when c.consumer ~ '^[ -~]{1,62}$' then (
     select count(*) from pg_stat_activity a
     where a.datname = current_database() and right(a.application_name, length(c.consumer) + 1) = ' ' || c.consumer)
-  end as sessions
+  end as sessions,
+  coalesce(sum(o.failures), 0)::bigint as failures,
+  (select count(*) from pgonce.parked k where k.consumer_id = c.consumer_id and k.taken_by is null) as parked,
+  (select count(*) from pgonce.dead_letters d where d.consumer_id = c.consumer_id and d.state = 'dead') as dead
 from pgonce.consumers c
 left join pgonce.topics t using (topic_id)
 left join pgonce.consumer_offsets o on o.consumer_id = c.consumer_id
 left join pgonce.partition_heads h on h.topic_id = o.topic_id and h.partition = o.partition
 left join pgonce.queue w on w.topic_id = o.topic_id and w.partition = o.partition and w."offset" = o.next_offset
 group by c.consumer_id, c.consumer, t.topic, c.paused;
-comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do; null where PostgreSQL cannot keep the name there (beyond 62 characters, or beyond ASCII). An inbox has no lag.';
+comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do; null where PostgreSQL cannot keep the name there (beyond 62 characters, or beyond ASCII). failures counts attempts that failed, parked and dead the messages that wait to be tried again, or behind one that does, and those that were given up. An inbox has no lag.';
+
+create or replace view pgonce.blocked_keys as
+select
+  c.consumer,
+  t.topic,
+  k.partition,
+  k.key,
+  k.message_id,
+  k."offset",
+  k.attempts,
+  k.due_at,
+  clock_timestamp() - k.parked_at as age,
+  k.error,
+  (select count(*) from pgonce.parked b
+   where b.consumer_id = k.consumer_id and b.partition = k.partition and b.key = k.key and b.taken_by is null
+     and b."offset" > k."offset") as waiting
+from pgonce.parked k
+join pgonce.consumers c using (consumer_id)
+join pgonce.topics t using (topic_id)
+where k.taken_by is null and k.due_at is not null
+order by k.parked_at;
+comment on view pgonce.blocked_keys is 'Messages that are to be tried again, the oldest first: when, how often it failed and how, and how many messages of their keys wait behind them. With the policy block their whole partition waits.';
+
+create or replace view pgonce.dead_letter_list as
+select
+  d.dead_letter_id,
+  c.consumer,
+  t.topic,
+  d.partition,
+  d."offset",
+  d.message_id,
+  d.key,
+  d.attempts,
+  d.error,
+  d.failed_at,
+  clock_timestamp() - d.failed_at as age,
+  d.state,
+  d.settled_at,
+  d.settled_by,
+  d.payload,
+  d.headers
+from pgonce.dead_letters d
+join pgonce.consumers c using (consumer_id)
+join pgonce.topics t using (topic_id)
+order by d.dead_letter_id;
+comment on view pgonce.dead_letter_list is 'Dead letters, with those that were replayed or discarded: state says which. To replay some: select pgonce.replay_dead_letters(array(select dead_letter_id from pgonce.dead_letter_list where ...)).';
 
 create or replace view pgonce.horizon_holders as
 select *

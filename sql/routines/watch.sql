@@ -7,7 +7,7 @@
 -- again and again of messages that are not for it stops asking to be for a while.
 -- A notification may get lost, or come for nothing: it costs a look more, or a moment.
 --
--- Locks: none. Indexes: those of relay_is_due, and the primary keys of progress and queue.
+-- Locks: none. Indexes: those of relay_is_due, and the primary keys of progress and queue, parked_due.
 
 create or replace function pgonce.is_watched()
 returns boolean
@@ -67,11 +67,6 @@ begin
       and exists (
         select from pgonce.consumer_partitions p
         cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
-        cross join lateral (
-          select from pgonce.queue q
-          where q.topic_id = c.topic_id and q.partition = p.partition and q."offset" >= newest.next_offset
-          order by q."offset"
-          limit 1) something
-        where p.consumer_id = c.consumer_id);
+        where p.consumer_id = c.consumer_id and pgonce.has_something(c, p.partition, newest.next_offset));
 end $$;
 comment on function pgonce.watch is 'Which of these topics (null: of all) have something to relay, and which of these consumers something to receive. For so many milliseconds from now on, whoever enqueues or relays notifies the channel pgonce.watch (with the schema''s name in quotes, as in "pgonce".watch). Errors: PO003.';

@@ -1,2 +1,2 @@
-select partition, "offset", message_id, key, payload, headers, enqueued_at
+select partition, "offset", message_id, key, payload, headers, enqueued_at, attempt
 from pgonce.receive($1, max => $2)

@@ -1,14 +1,17 @@
 //! Handlers: what a consumer does with messages. One message, a batch, or SQL; each inside the consumer's transaction.
 
-use std::future::Future;
-use std::pin::Pin;
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
+use std::task::Poll;
 
 use serde::de::DeserializeOwned;
-use tokio_postgres::Transaction;
+use tokio_postgres::{Row, Transaction};
 
-use super::{Batch as OpenBatch, received};
-use crate::error::{Error, ErrorKind};
-use crate::message::Received;
+use super::batch::{Content, Failed, OpenBatch, Slice, received};
+use super::failure::Trouble;
+use crate::error::Error;
+use crate::message::{Offset, Received};
 
 /// Why a handler failed: any error, or a text.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
@@ -44,7 +47,10 @@ pub trait Handler: Send + Sync + 'static {
 
     /// Applies the effect of a message, with statements on `transaction`. It must neither commit nor roll back.
     ///
-    /// An error rolls the whole batch back, and its messages come again.
+    /// An error, a panic, or to take longer than [`message_timeout`](crate::Consumer::message_timeout) undoes what it did:
+    /// the message is tried again later, and becomes a dead letter after its last attempt; the others of the batch do not
+    /// suffer. [`Failure`](crate::Failure) says more about an error. An error that no message can be blamed for (a lost
+    /// connection, a deadlock, a table that is missing) counts as no attempt: the batch comes again.
     fn handle(
         &self,
         transaction: &Transaction<'_>,
@@ -59,7 +65,8 @@ pub trait BatchHandler: Send + Sync + 'static {
 
     /// Applies the effect of a batch, with statements on `transaction`. It must neither commit nor roll back.
     ///
-    /// An error rolls the whole batch back, and its messages come again.
+    /// After an error the batch is halved, until it is known which messages fail by themselves; for these it is as with
+    /// [`Handler::handle`]. A call may take as long as a single message may.
     fn handle(
         &self,
         transaction: &Transaction<'_>,
@@ -67,27 +74,56 @@ pub trait BatchHandler: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), HandlerError>> + Send;
 }
 
-/// What the three kinds of handlers have in common: receive in the open transaction, apply, say how many.
+/// What the three kinds of handlers have in common: receive in the open transaction, and apply, whole or in parts.
 pub(crate) trait Effect: Send + Sync {
-    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<u64, Error>>;
+    fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>>;
+
+    /// Applies the batch as it came.
+    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>, content: &'a Content) -> BoxFuture<'a, Result<(), Trouble>>;
+
+    /// Applies a part of it, behind a savepoint.
+    fn apply_slice<'a>(
+        &'a self,
+        batch: &'a OpenBatch<'a>,
+        slice: &'a Slice<'a>,
+    ) -> BoxFuture<'a, Result<Failed, Trouble>>;
 }
 
 /// The effect of a [`Handler`].
 pub(super) struct Each<H>(pub(super) H);
 
+impl<H: Handler> Each<H> {
+    async fn handle(&self, batch: &OpenBatch<'_>, row: &Row) -> Result<(), Trouble> {
+        let message = received(row)?;
+        let culprit = Some(message.offset);
+        bounded(batch, culprit, self.0.handle(batch.transaction, message)).await
+    }
+}
+
 impl<H: Handler> Effect for Each<H> {
-    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<u64, Error>> {
+    fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>> {
+        Box::pin(batch.receive())
+    }
+
+    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>, content: &'a Content) -> BoxFuture<'a, Result<(), Trouble>> {
         Box::pin(async move {
-            let rows = batch.receive().await?;
-            let applied = rows.len() as u64;
-            for row in rows {
-                let message = received(&row)?;
-                let id = message.message_id.clone();
-                self.0.handle(batch.transaction, message).await.map_err(|error| {
-                    failed(&batch.consumer.name, error).with_hint(format!("The message was {id}. It comes again."))
-                })?;
+            for row in content.rows() {
+                self.handle(batch, row).await?;
             }
-            Ok(applied)
+            Ok(())
+        })
+    }
+
+    fn apply_slice<'a>(
+        &'a self,
+        batch: &'a OpenBatch<'a>,
+        slice: &'a Slice<'a>,
+    ) -> BoxFuture<'a, Result<Failed, Trouble>> {
+        Box::pin(async move {
+            for row in &slice.rows {
+                self.handle(batch, row).await?;
+            }
+            Ok(Failed::default())
         })
     }
 }
@@ -95,19 +131,34 @@ impl<H: Handler> Effect for Each<H> {
 /// The effect of a [`BatchHandler`].
 pub(super) struct Batch<H>(pub(super) H);
 
+impl<H: BatchHandler> Batch<H> {
+    async fn handle<'r>(
+        &self,
+        batch: &OpenBatch<'_>,
+        rows: impl Iterator<Item = &'r Row> + Send,
+    ) -> Result<(), Trouble> {
+        let messages = rows.map(received).collect::<Result<Vec<_>, _>>()?;
+        bounded(batch, None, self.0.handle(batch.transaction, messages)).await
+    }
+}
+
 impl<H: BatchHandler> Effect for Batch<H> {
-    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<u64, Error>> {
+    fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>> {
+        Box::pin(batch.receive())
+    }
+
+    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>, content: &'a Content) -> BoxFuture<'a, Result<(), Trouble>> {
+        Box::pin(self.handle(batch, content.rows().iter()))
+    }
+
+    fn apply_slice<'a>(
+        &'a self,
+        batch: &'a OpenBatch<'a>,
+        slice: &'a Slice<'a>,
+    ) -> BoxFuture<'a, Result<Failed, Trouble>> {
         Box::pin(async move {
-            let rows = batch.receive().await?;
-            let applied = rows.len() as u64;
-            if applied > 0 {
-                let messages = rows.iter().map(received).collect::<Result<_, _>>()?;
-                self.0
-                    .handle(batch.transaction, messages)
-                    .await
-                    .map_err(|error| failed(&batch.consumer.name, error))?;
-            }
-            Ok(applied)
+            self.handle(batch, slice.rows.iter().copied()).await?;
+            Ok(Failed::default())
         })
     }
 }
@@ -116,25 +167,46 @@ impl<H: BatchHandler> Effect for Batch<H> {
 pub(super) struct Sql(pub(super) String);
 
 impl Effect for Sql {
-    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<u64, Error>> {
+    fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>> {
+        Box::pin(batch.open())
+    }
+
+    fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>, _: &'a Content) -> BoxFuture<'a, Result<(), Trouble>> {
         Box::pin(async move {
-            let applied = batch.open().await?;
-            if applied > 0 {
-                batch.run(&self.0).await.map_err(|error| match error.kind() {
-                    ErrorKind::Contention | ErrorKind::Unavailable => error,
-                    _ => failed(&batch.consumer.name, Box::new(error)),
-                })?;
-            }
-            Ok(applied)
+            batch.run(&self.0).await.map_err(|error| Trouble::of_handler(batch.consumer, None, error.into()))
+        })
+    }
+
+    fn apply_slice<'a>(
+        &'a self,
+        batch: &'a OpenBatch<'a>,
+        slice: &'a Slice<'a>,
+    ) -> BoxFuture<'a, Result<Failed, Trouble>> {
+        Box::pin(async move {
+            let outcome = batch.try_statements(slice, &self.0).await;
+            // What is left over is a statement that took too long.
+            outcome.map_err(|error| Trouble::of_handler(batch.consumer, None, error.into()))
         })
     }
 }
 
-fn failed(consumer: &str, error: HandlerError) -> Error {
-    // The driver's own text for what the server reports says nothing ("db error").
-    let error = match error.downcast::<tokio_postgres::Error>() {
-        Ok(error) => Box::new(Error::from(*error)),
-        Err(error) => error,
-    };
-    Error::new(ErrorKind::Handler, format!("handler of consumer {consumer:?} failed: {error}")).with_source(error)
+/// Runs a handler for as long as a message may take. A panic of it is a failure like any other.
+async fn bounded(
+    batch: &OpenBatch<'_>,
+    culprit: Option<Offset>,
+    handling: impl Future<Output = Result<(), HandlerError>> + Send,
+) -> Result<(), Trouble> {
+    let mut handling = pin!(handling);
+    let caught = poll_fn(|context| {
+        // Whatever the handler left half done is rolled back to the savepoint, and its own state is its own affair.
+        match catch_unwind(AssertUnwindSafe(|| handling.as_mut().poll(context))) {
+            Ok(poll) => poll,
+            Err(_) => Poll::Ready(Err("the handler panicked".into())),
+        }
+    });
+    // A statement that is under way when the handler is dropped ends by itself: the session's statement_timeout is the same.
+    match tokio::time::timeout(batch.message_timeout, caught).await {
+        Ok(outcome) => outcome.map_err(|error| Trouble::of_handler(batch.consumer, culprit, error)),
+        Err(_) => Err(Trouble::timeout(culprit, batch.message_timeout)),
+    }
 }

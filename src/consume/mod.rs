@@ -7,21 +7,30 @@
 //! The handler's statements run after the one that received, each with a snapshot of its own, so they see all that the
 //! batch before has written.
 
+mod batch;
+mod failure;
 mod handler;
 
-use tokio_postgres::types::{Json, Type};
-use tokio_postgres::{Row, Transaction};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tokio_postgres::Transaction;
 
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
-use crate::message::{MessageId, Offset, Partition, Received};
-use crate::sql;
 
+use batch::{Content, Failed, OpenBatch};
+pub use failure::Failure;
+use failure::Trouble;
 use handler::Effect;
 pub use handler::{BatchHandler, Handler, HandlerError};
 
 /// Messages that a step receives at the most, where nothing else is said.
 const BATCH_MESSAGES: i32 = 1_000;
+/// How long a message may take, where nothing else is said.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Steps without a failure after which batches are applied whole again.
+const CAREFUL_STEPS: u32 = 8;
 
 /// The stage that consumes a topic under one name.
 ///
@@ -30,6 +39,9 @@ pub struct Consumer {
     name: String,
     effect: Box<dyn Effect>,
     batch_messages: i32,
+    message_timeout: Duration,
+    /// How many steps are still to be careful, since a message failed.
+    caution: AtomicU32,
 }
 
 /// What a step did.
@@ -37,6 +49,8 @@ pub struct Consumer {
 pub struct Consumed {
     /// Messages whose effect was applied.
     pub applied: u64,
+    /// Messages that failed, and are parked or have become dead letters.
+    pub failed: u64,
 }
 
 impl Consumer {
@@ -78,13 +92,26 @@ impl Consumer {
     }
 
     fn with_effect(name: impl Into<String>, effect: impl Effect + 'static) -> Self {
-        Self { name: name.into(), effect: Box::new(effect), batch_messages: BATCH_MESSAGES }
+        Self {
+            name: name.into(),
+            effect: Box::new(effect),
+            batch_messages: BATCH_MESSAGES,
+            message_timeout: MESSAGE_TIMEOUT,
+            caution: AtomicU32::new(0),
+        }
     }
 
     /// Receives up to this many messages in a step, 1 to 10,000; 1,000 where nothing is said.
     #[must_use]
     pub fn batch_messages(mut self, messages: i32) -> Self {
         self.batch_messages = messages;
+        self
+    }
+
+    /// How long a handler may take for a message, and each statement of SQL for a batch; 30 s where nothing is said.
+    #[must_use]
+    pub fn message_timeout(mut self, longest: Duration) -> Self {
+        self.message_timeout = longest;
         self
     }
 
@@ -97,32 +124,115 @@ impl Consumer {
     /// Applies what is there in one partition, up to a batch of messages or 8 MiB. Dropping the future is safe: the
     /// batch either committed or did not.
     ///
+    /// Where a message fails, the batch is applied once more, in small parts: what fails by itself is parked or becomes a
+    /// dead letter, all else is applied. So are the next few batches, since failures seldom come alone.
+    ///
     /// # Errors
     ///
-    /// [`Handler`](ErrorKind::Handler) if the handler failed, [`Payload`](ErrorKind::Payload) if a payload has another
-    /// form than the handler takes; the messages come again. [`UnknownConsumer`](ErrorKind::UnknownConsumer),
-    /// [`WrongConsumer`](ErrorKind::WrongConsumer); errors of the database.
+    /// What no message is to blame for: [`UnknownConsumer`](ErrorKind::UnknownConsumer),
+    /// [`WrongConsumer`](ErrorKind::WrongConsumer); [`Handler`](ErrorKind::Handler) if the handler ended its transaction;
+    /// errors of the database. The messages come again.
     pub async fn step(&self, database: &Database) -> Result<Consumed, Error> {
+        let is_careful = self.caution.load(Ordering::Relaxed) > 0;
+        let mut outcome = self.step_once(database, is_careful).await;
+        if matches!(outcome, Err(Trouble::Message(_))) {
+            self.caution.store(CAREFUL_STEPS, Ordering::Relaxed);
+            outcome = self.step_once(database, true).await;
+        } else if is_careful && outcome.as_ref().is_ok_and(|consumed| consumed.applied > 0 || consumed.failed > 0) {
+            let clean = outcome.as_ref().is_ok_and(|consumed| consumed.failed == 0);
+            let steps = if clean { self.caution.load(Ordering::Relaxed).saturating_sub(1) } else { CAREFUL_STEPS };
+            self.caution.store(steps, Ordering::Relaxed);
+        }
+        outcome.map_err(|trouble| match trouble {
+            Trouble::Elsewhere(error) => error,
+            Trouble::Message(blame) => Error::new(ErrorKind::Defect, "a message failed, and not alone")
+                .with_source(std::io::Error::other(blame.text)),
+        })
+    }
+
+    async fn step_once(&self, database: &Database, is_careful: bool) -> Result<Consumed, Trouble> {
         let mut session = database.session().await?;
         let transaction = session.transaction().await?;
-        let batch = Batch { consumer: self, database, transaction: &transaction };
-        let applied = self.effect.apply(&batch).await?;
-        if applied > 0 {
-            // A handler that swallowed an error left an aborted transaction, whose COMMIT would roll back and report
-            // success; one that ended the transaction itself left none. A statement in front of COMMIT tells.
-            let row = transaction.query_typed_one(include_str!("../../sql/statements/batch_is_open.sql"), &[]).await?;
-            let is_open: Option<bool> = row.try_get("is_open")?;
-            if is_open != Some(true) {
-                let message = format!("handler of consumer {:?} ended the transaction that it was given", self.name);
-                return Err(Error::new(ErrorKind::Handler, message).with_hint(
-                    "It must neither commit nor roll back: what it received may be committed without the rest of its effect.",
-                ));
+        let batch = OpenBatch {
+            consumer: &self.name,
+            database,
+            transaction: &transaction,
+            messages_max: self.batch_messages,
+            message_timeout: self.message_timeout,
+        };
+        let content = self.effect.receive(&batch).await?;
+        let mut consumed = Consumed { applied: content.messages(), failed: 0 };
+        if !content.is_empty() {
+            if is_careful || content.has_failed_before()? {
+                let failed = self.apply_in_slices(&batch, &content).await?;
+                consumed.applied -= failed.withdrawn.len() as u64;
+                consumed.failed = failed.messages;
+            } else if let Err(trouble) = self.effect.apply(&batch, &content).await {
+                if matches!(trouble, Trouble::Message(_)) {
+                    transaction.rollback().await?;
+                    session.give_back();
+                }
+                return Err(trouble);
             }
+            self.expect_open(&transaction).await?;
         }
         // Also without messages: a batch of nothing but duplicates has moved the offset.
         transaction.commit().await?;
         session.give_back();
-        Ok(Consumed { applied })
+        Ok(consumed)
+    }
+
+    /// Applies a batch in parts, each behind a savepoint, so that what fails takes nothing else along.
+    async fn apply_in_slices(&self, batch: &OpenBatch<'_>, content: &Content) -> Result<Failed, Trouble> {
+        let mut failed = Failed::default();
+        let mut slices = batch.slices(content).await?;
+        slices.reverse();
+        while let Some(slice) = slices.pop() {
+            let slice = slice.without(&failed.withdrawn);
+            if slice.offsets.is_empty() {
+                continue;
+            }
+            batch.set_savepoint().await?;
+            match self.effect.apply_slice(batch, &slice).await {
+                Ok(part) => {
+                    batch.release_savepoint().await?;
+                    failed.add(part);
+                }
+                Err(Trouble::Message(blame)) => {
+                    batch.roll_back().await?;
+                    let alone = slice.offsets.first().copied().filter(|_| slice.offsets.len() == 1);
+                    if let Some(offset) = blame.culprit.map(|offset| offset.0).or(alone) {
+                        let part = batch.fail(slice.partition, offset, &blame).await?;
+                        if !part.withdrawn.contains(&offset) {
+                            let message =
+                                format!("offset {offset} of consumer {:?} failed, and is still received", self.name);
+                            return Err(Error::new(ErrorKind::Defect, message).into());
+                        }
+                        failed.add(part);
+                        slices.push(slice);
+                    } else {
+                        let [first, second] = slice.halves();
+                        slices.extend([second, first]);
+                    }
+                }
+                Err(elsewhere) => return Err(elsewhere),
+            }
+        }
+        Ok(failed)
+    }
+
+    /// A handler that swallowed an error left an aborted transaction, whose COMMIT would roll back and report success; one
+    /// that ended the transaction itself left none. A statement in front of COMMIT tells.
+    async fn expect_open(&self, transaction: &Transaction<'_>) -> Result<(), Error> {
+        let row = transaction.query_typed_one(include_str!("../../sql/statements/batch_is_open.sql"), &[]).await?;
+        let is_open: Option<bool> = row.try_get("is_open")?;
+        if is_open == Some(true) {
+            return Ok(());
+        }
+        let message = format!("handler of consumer {:?} ended the transaction that it was given", self.name);
+        Err(Error::new(ErrorKind::Handler, message).with_hint(
+            "It must neither commit nor roll back: what it received may be committed without the rest of its effect.",
+        ))
     }
 }
 
@@ -133,85 +243,4 @@ impl std::fmt::Debug for Consumer {
             .field("batch_messages", &self.batch_messages)
             .finish_non_exhaustive()
     }
-}
-
-/// One batch of a consumer, in its transaction: what an effect is applied to.
-pub(crate) struct Batch<'a> {
-    consumer: &'a Consumer,
-    database: &'a Database,
-    transaction: &'a Transaction<'a>,
-}
-
-impl Batch<'_> {
-    /// Receives the batch, with its payloads.
-    async fn receive(&self) -> Result<Vec<Row>, Error> {
-        let rows = self
-            .transaction
-            .query_typed(
-                &self.database.schema().sql(sql::RECEIVE),
-                &[(&self.consumer.name, Type::TEXT), (&self.consumer.batch_messages, Type::INT4)],
-            )
-            .await?;
-        Ok(rows)
-    }
-
-    /// Runs statements, none of which can end the transaction.
-    async fn run(&self, statements: &str) -> Result<(), Error> {
-        let statement = self.database.schema().sql(include_str!("../../sql/statements/apply_statements.sql"));
-        self.transaction.query_typed(&statement, &[(&statements, Type::TEXT)]).await?;
-        Ok(())
-    }
-
-    /// Receives the batch into the relation `received`, and answers the number of its messages.
-    async fn open(&self) -> Result<u64, Error> {
-        let schema = self.database.schema();
-        let row = self
-            .transaction
-            .query_typed_one(
-                &schema.sql(include_str!("../../sql/statements/open_batch.sql")),
-                &[
-                    (&self.consumer.name, Type::TEXT),
-                    (&self.consumer.batch_messages, Type::INT4),
-                    (&schema.name(), Type::TEXT),
-                ],
-            )
-            .await?;
-        let finds_received: bool = row.try_get("finds_received")?;
-        if !finds_received {
-            return Err(Error::new(ErrorKind::Conflict, "another relation in the search_path has the name received")
-                .with_hint("Rename it, or give the role of this program a search_path without it."));
-        }
-        let messages: i64 = row.try_get("messages")?;
-        Ok(messages.unsigned_abs())
-    }
-}
-
-/// Reads a received message from its row.
-fn received<T: serde::de::DeserializeOwned>(row: &Row) -> Result<Received<T>, Error> {
-    let message_id = MessageId::from(row.try_get::<_, String>("message_id")?);
-    let offset = Offset(row.try_get("offset")?);
-    let partition = Partition(row.try_get("partition")?);
-    let payload: Json<&serde_json::value::RawValue> = row.try_get("payload")?;
-    let payload = serde_json::from_str(payload.0.get()).map_err(|error| {
-        // The error's text may quote the payload; only its place goes into messages and logs.
-        Error::new(
-            ErrorKind::Payload,
-            format!(
-                "payload of message {message_id} (partition {}, offset {}) does not fit the handler, at column {}",
-                partition.0,
-                offset.0,
-                error.column()
-            ),
-        )
-    })?;
-    let headers: Option<Json<serde_json::Map<String, serde_json::Value>>> = row.try_get("headers")?;
-    Ok(Received {
-        partition,
-        offset,
-        message_id,
-        key: row.try_get("key")?,
-        payload,
-        headers: headers.map(|headers| headers.0).unwrap_or_default(),
-        enqueued_at: row.try_get("enqueued_at")?,
-    })
 }

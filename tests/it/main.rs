@@ -15,6 +15,7 @@ mod container;
 mod documents;
 mod dump;
 mod enqueue;
+mod fail;
 mod migrate;
 mod misuse;
 mod pgbouncer;

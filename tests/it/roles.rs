@@ -19,8 +19,18 @@ use crate::programs::{Running, outcome, pgonce};
 const TOPIC: &str = "words";
 const CONSUMER: &str = "counter";
 const PRODUCER: &[&str] = &["cancel", "enqueue", "enqueue_many"];
-const WORKER: &[&str] =
-    &["apply_statements", "open_batch", "process_once", "receive", "receive_seen", "relay", "seen_progress", "watch"];
+const WORKER: &[&str] = &[
+    "apply_statements",
+    "fail",
+    "open_batch",
+    "process_once",
+    "receive",
+    "receive_seen",
+    "relay",
+    "seen_progress",
+    "try_statements",
+    "watch",
+];
 const WORKER_READS: &[&str] = &["consumers", "received", "schema_versions", "topics", "word_counts"];
 const READER_READS: &[&str] = &[
     "consumer_lag",

@@ -21,7 +21,7 @@ async fn each_statement_has_the_parameters_and_the_columns_that_are_documented()
         (
             sql::RECEIVE,
             "text int4",
-            "partition int4, offset int8, message_id text, key text, payload jsonb, headers jsonb, enqueued_at timestamptz",
+            "partition int4, offset int8, message_id text, key text, payload jsonb, headers jsonb, enqueued_at timestamptz, attempt int4",
         ),
         (sql::PROCESS_ONCE, "text text", "message_id text, was_duplicate bool"),
     ] {

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio_postgres::{Client, NoTls, Transaction};
 
 use crate::fixture::TestDatabase;
-use crate::probe::{WAIT_MAX, create, drain, eventually, number, numbered, texts, word, word_counts};
+use crate::probe::{WAIT_MAX, create, eventually, number, numbered, texts, word, word_counts};
 
 pub(crate) const TOPIC: &str = "t";
 pub(crate) const CONSUMER: &str = "c";
@@ -181,16 +181,19 @@ impl Handler for Panicking {
 }
 
 #[tokio::test]
-async fn a_panic_of_a_handler_ends_the_worker_and_applies_nothing() {
+async fn a_panic_of_a_handler_is_a_failure_of_its_message() {
     let (database, client) = prepared(1).await;
     Producer::new(TOPIC).send_all(&client, &numbered(3, &[])).await.expect("sent");
-    let pool = database.database(3);
-    let worker = Worker::new(pool.clone()).relay(TOPIC).consumer(Consumer::each(CONSUMER, Panicking));
-    let error =
-        tokio::time::timeout(WAIT_MAX, worker.run(&Shutdown::new())).await.expect("it ends").expect_err("panic");
-    assert_eq!(error.kind(), ErrorKind::Defect);
-    let consumer = Consumer::sql(CONSUMER, INSERT);
-    assert_eq!(drain(&pool, &Relay::topic(TOPIC), &consumer).await.expect("drained"), 3);
+    let shutdown = Shutdown::new();
+    let stop = shutdown.clone();
+    let worker = Worker::new(database.database(3)).relay(TOPIC).consumer(Consumer::each(CONSUMER, Panicking));
+    let running = tokio::spawn(async move { worker.run(&stop).await });
+    let parked = "select count(*) from pgonce.blocked_keys where error = 'the handler panicked'";
+    eventually("all are parked", async || (number(&client, parked).await == 3).then_some(())).await;
+    shutdown.stop();
+    let report = running.await.expect("no panic").expect("it stops well");
+    assert_eq!(report.applied, 0);
+    assert!(report.failed >= 3, "{report:?}");
 }
 
 #[tokio::test]

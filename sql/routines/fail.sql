@@ -1,0 +1,246 @@
+-- Fail: what becomes of a message whose attempt failed. It is parked until it is due again, or becomes a dead letter.
+--
+-- Either of two transactions may call it. One that has received the message, once it has rolled back its effect to a
+-- savepoint behind `receive`: then fail takes the message out of what was received, and with it what may not overtake
+-- it; the rest commits. Or any later one: the message was rolled back, and stands where it stood.
+--
+-- A parked message may stand ahead of the consumer's offset. `receive` leaves it out when it gets there, and parks what
+-- must not overtake it, by the policy of the consumer:
+--   park_key   later messages of its key are parked behind it, all others flow on;
+--   block      nothing behind it is received;
+--   skip       only the message itself waits.
+-- Of a key only the first parked message is due. When it is processed or given up, the next one becomes due.
+--
+-- Locks: the offset lock of the partition, for which it waits. Indexes: the primary keys of parked, progress, queue and
+-- processed_ids; parked_key.
+
+create or replace function pgonce.release_next(consumer_id integer, partition integer, keys text[])
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+begin
+  update pgonce.parked p
+  set due_at = clock_timestamp()
+  from unnest(keys) k(key)
+  cross join lateral (
+    select n."offset", n.due_at from pgonce.parked n
+    where n.consumer_id = release_next.consumer_id and n.partition = release_next.partition
+      and n.key = k.key and n.taken_by is null
+    order by n."offset"
+    limit 1) first
+  where p.consumer_id = release_next.consumer_id and p.partition = release_next.partition
+    and p."offset" = first."offset" and first.due_at is null;
+end $$;
+comment on function pgonce.release_next is 'Internal: the first parked message of each of these keys is due, if it waited behind another one.';
+
+create or replace function pgonce.hold_back(consumer_id integer, partition integer, keys text[])
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+begin
+  update pgonce.parked p
+  set due_at = null
+  where p.consumer_id = hold_back.consumer_id and p.partition = hold_back.partition
+    and p.key = any (keys) and p.taken_by is null and p.due_at is not null
+    and exists (
+      select from pgonce.parked f
+      where f.consumer_id = p.consumer_id and f.partition = p.partition and f.key = p.key and f.taken_by is null
+        and f."offset" < p."offset");
+end $$;
+comment on function pgonce.hold_back is 'Internal: of each of these keys only the first parked message is due, the others wait behind it.';
+
+create or replace function pgonce.backoff(reader pgonce.consumers, attempts integer)
+returns interval
+language plpgsql volatile
+as $$
+begin
+  -- Full jitter: anything between nothing and the exponential, so that what failed together does not come back together.
+  return random() * least(reader.backoff_max_ms, reader.backoff_min_ms * 2.0 ^ least(attempts - 1, 40)) * interval '1 millisecond';
+end $$;
+comment on function pgonce.backoff is 'Internal: how long a message waits after so many failed attempts.';
+
+create or replace function pgonce.fail(
+  consumer text,
+  partition integer,
+  "offset" bigint,
+  error text,
+  permanent boolean default false,
+  retry_at timestamptz default null)
+returns setof pgonce.failed
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers;
+  current pgonce.progress;
+  is_own boolean;
+  began bigint;
+  message pgonce.parked;
+  withdrawn_ids text[] := '{}';
+  answer pgonce.failed;
+begin
+  reader := pgonce.consumer_row(consumer);
+  if reader.topic_id is null then
+    raise exception using errcode = 'PO007', message = format('consumer %L is an inbox: it reads no topic', consumer),
+      hint = 'Roll back the transaction that called process_once; whoever sent the message sends it again.';
+  end if;
+  perform from pgonce.consumer_partitions p
+  where p.consumer_id = reader.consumer_id and p.partition = fail.partition
+  for no key update;
+  if not found then
+    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
+      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
+  end if;
+  current := pgonce.newest_progress(reader.consumer_id, partition);
+  is_own := current.writer is not distinct from pg_current_xact_id_if_assigned();
+  if not is_own then
+    -- An older snapshot would not show what became of the message before the lock was free.
+    perform pgonce.require_read_committed('fail');
+  end if;
+  -- From here to current.next_offset this transaction has received.
+  began := current.next_offset;
+  if is_own then
+    began := coalesce((
+      select p.next_offset from pgonce.progress p
+      where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p.writer <> current.writer
+      order by p.generation desc limit 1), 1);
+  end if;
+
+  select p.* into message from pgonce.parked p
+  where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p."offset" = fail."offset";
+  if found then
+    if message.taken_by is not null and message.taken_by is distinct from pg_current_xact_id_if_assigned() then
+      answer := ('gone', null, null, '{}');
+      return next answer;
+      return;
+    end if;
+    if message.taken_by is not null then
+      withdrawn_ids := array[message.message_id];
+    end if;
+  else
+    select q."offset", q.enqueued_at, clock_timestamp(), null, null, reader.consumer_id, q.partition, 0, q.bytes,
+           q.message_id, q.key, null, q.payload, q.headers
+    into message
+    from pgonce.queue q
+    where q.topic_id = reader.topic_id and q.partition = fail.partition and q."offset" = fail."offset"
+      and q."offset" >= began
+      and not exists (
+        select from pgonce.dead_letters d
+        where d.consumer_id = reader.consumer_id and d.partition = q.partition and d."offset" = q."offset")
+      and (q."offset" >= current.next_offset
+        or exists (
+          select from pgonce.processed_ids r
+          where r.consumer_id = reader.consumer_id and r.message_id = q.message_id
+            and r.partition = q.partition and r."offset" = q."offset"));
+    if not found then
+      answer := ('gone', null, null, '{}');
+      return next answer;
+      return;
+    end if;
+    if message."offset" < current.next_offset then
+      withdrawn_ids := array[message.message_id];
+    end if;
+  end if;
+  message.attempts := message.attempts + 1;
+  message.error := left(coalesce(error, 'no error was given'), 4000);
+  message.taken_by := null;
+
+  if permanent or message.attempts >= reader.attempts_max then
+    delete from pgonce.parked p
+    where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p."offset" = fail."offset";
+    insert into pgonce.dead_letters (
+      "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, error, payload, headers)
+    values (
+      message."offset", message.enqueued_at, reader.consumer_id, message.partition, message.attempts, message.bytes,
+      message.message_id, message.key, message.error, message.payload, message.headers);
+    perform pgonce.release_next(reader.consumer_id, partition, array[message.key]);
+    answer.outcome := 'dead';
+  else
+    message.due_at := coalesce(retry_at, clock_timestamp() + pgonce.backoff(reader, message.attempts));
+    insert into pgonce.parked as p values (message.*)
+    on conflict (consumer_id, partition, "offset") do update
+    set attempts = excluded.attempts, due_at = excluded.due_at, error = excluded.error, taken_by = null;
+    answer.outcome := 'parked';
+    if reader.failure_policy = 'park_key' then
+      perform pgonce.hold_back(reader.consumer_id, partition, array[message.key]);
+    end if;
+    if is_own and reader.failure_policy <> 'skip' then
+      withdrawn_ids := withdrawn_ids || pgonce.withdraw_behind(reader, message, began, current.next_offset);
+    end if;
+  end if;
+
+  with withdrawn as (
+    delete from pgonce.processed_ids r
+    where r.consumer_id = reader.consumer_id and r.message_id = any (withdrawn_ids)
+    returning r."offset"
+  )
+  select coalesce(array_agg(w."offset" order by w."offset"), '{}') into answer.withdrawn from withdrawn w;
+  if is_own then
+    update pgonce.progress p
+    set received = p.received - cardinality(answer.withdrawn),
+        failures = p.failures + 1,
+        dead = p.dead + (answer.outcome = 'dead')::integer,
+        next_offset = case
+          when answer.outcome = 'parked' and reader.failure_policy = 'block' then least(p.next_offset, greatest(began, fail."offset" + 1))
+          else p.next_offset
+        end
+    where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p.generation = current.generation;
+    -- The view received shows what is recorded, and no longer all that stands between two offsets.
+    perform set_config('pgonce_batch.has_gaps', 'true', true);
+  else
+    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
+    values (reader.consumer_id, partition, current.generation + 1, current.next_offset, current.received,
+            current.duplicates, current.failures + 1, current.dead + (answer.outcome = 'dead')::integer);
+  end if;
+  answer.attempts := message.attempts;
+  answer.due_at := message.due_at;
+  return next answer;
+end $$;
+comment on function pgonce.fail is 'Counts a failed attempt of a message and applies the failure policy of the consumer: the message is parked until a time that grows with each attempt (or retry_at), or, after attempts_max or if permanent, becomes a dead letter. Call it in the transaction that received the message, after a rollback of the effect to a savepoint behind receive, or in a later one. Waits for whoever is at the partition. Errors: PO002, PO003, PO007 (an inbox), PO010 (READ COMMITTED only, unless this transaction has received).';
+
+create or replace function pgonce.withdraw_behind(
+  reader pgonce.consumers, message pgonce.parked, began bigint, next_offset bigint)
+returns text[]
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+  parked_again text[];
+  received text[];
+begin
+  -- Parked ones that this transaction took: they go back, behind the message.
+  with taken as (
+    update pgonce.parked p
+    set taken_by = null, due_at = case when reader.failure_policy = 'block' then p.due_at end
+    where p.consumer_id = reader.consumer_id and p.partition = message.partition
+      and p."offset" > message."offset" and p.taken_by = pg_current_xact_id()
+      and (reader.failure_policy = 'block' or p.key = message.key)
+    returning p.message_id
+  )
+  select coalesce(array_agg(t.message_id), '{}') into parked_again from taken t;
+  -- New ones that it received: behind a key they are parked; where the partition waits they are received again.
+  select coalesce(array_agg(q.message_id), '{}') into received
+  from pgonce.queue q
+  where q.topic_id = reader.topic_id and q.partition = message.partition
+    and q."offset" > message."offset" and q."offset" >= began and q."offset" < next_offset
+    and (reader.failure_policy = 'block' or q.key = message.key)
+    and exists (
+      select from pgonce.processed_ids r
+      where r.consumer_id = reader.consumer_id and r.message_id = q.message_id
+        and r.partition = q.partition and r."offset" = q."offset");
+  if reader.failure_policy = 'park_key' then
+    insert into pgonce.parked (
+      "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, payload, headers)
+    select q."offset", q.enqueued_at, reader.consumer_id, q.partition, 0, q.bytes, q.message_id, q.key, q.payload, q.headers
+    from pgonce.queue q
+    where q.topic_id = reader.topic_id and q.message_id = any (received);
+  end if;
+  return parked_again || received;
+end $$;
+comment on function pgonce.withdraw_behind is 'Internal: what this transaction has received and may not overtake a message that is now parked; answers the ids, whose records are to be deleted.';

@@ -1,0 +1,1 @@
+release savepoint pgonce_slice

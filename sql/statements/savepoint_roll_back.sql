@@ -1,0 +1,2 @@
+rollback to savepoint pgonce_slice;
+release savepoint pgonce_slice

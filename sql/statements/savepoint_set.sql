@@ -1,0 +1,1 @@
+savepoint pgonce_slice

@@ -1,0 +1,1 @@
+select failed, withdrawn from pgonce.try_statements($1, $2, $3, $4)

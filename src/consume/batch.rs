@@ -1,0 +1,284 @@
+//! The batch that is open: what a consumer has received in its transaction, applied whole or in parts.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio_postgres::types::{Json, Type};
+use tokio_postgres::{Row, Transaction};
+
+use super::failure::{Blame, Trouble, Verdict};
+use crate::database::Database;
+use crate::error::{Error, ErrorKind};
+use crate::message::{MessageId, Offset, Partition, Received};
+use crate::sql;
+
+/// Messages between two savepoints, where some may fail.
+const SLICE_MESSAGES: usize = 16;
+
+/// What an effect is applied to.
+pub(super) struct OpenBatch<'a> {
+    pub(super) consumer: &'a str,
+    pub(super) database: &'a Database,
+    pub(super) transaction: &'a Transaction<'a>,
+    /// Messages to receive at the most.
+    pub(super) messages_max: i32,
+    pub(super) message_timeout: Duration,
+}
+
+/// What was received: the rows, or, where the payloads stay in the server, how many.
+pub(super) enum Content {
+    Rows(Vec<Row>),
+    Opened { messages: u64, has_failed_before: bool },
+}
+
+impl Content {
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Rows(rows) => rows.is_empty(),
+            Self::Opened { messages, .. } => *messages == 0,
+        }
+    }
+
+    pub(super) fn rows(&self) -> &[Row] {
+        match self {
+            Self::Rows(rows) => rows,
+            Self::Opened { .. } => &[],
+        }
+    }
+
+    pub(super) fn messages(&self) -> u64 {
+        match self {
+            Self::Rows(rows) => rows.len() as u64,
+            Self::Opened { messages, .. } => *messages,
+        }
+    }
+
+    /// Whether messages among them failed before.
+    pub(super) fn has_failed_before(&self) -> Result<bool, Error> {
+        match self {
+            Self::Rows(rows) => rows.first().map_or(Ok(false), |row| Ok(row.try_get::<_, i32>("attempt")? > 1)),
+            Self::Opened { has_failed_before, .. } => Ok(*has_failed_before),
+        }
+    }
+}
+
+/// The messages of a part: their rows, where there are any.
+#[derive(Clone)]
+pub(super) struct Slice<'a> {
+    pub(super) partition: Partition,
+    pub(super) offsets: Vec<i64>,
+    pub(super) rows: Vec<&'a Row>,
+}
+
+/// What failed, and what the transaction has no longer received because of it.
+#[derive(Default)]
+pub(super) struct Failed {
+    pub(super) messages: u64,
+    pub(super) withdrawn: BTreeSet<i64>,
+}
+
+impl Failed {
+    pub(super) fn add(&mut self, part: Self) {
+        self.messages += part.messages;
+        self.withdrawn.extend(part.withdrawn);
+    }
+}
+
+impl OpenBatch<'_> {
+    /// Receives the batch, with its payloads.
+    pub(super) async fn receive(&self) -> Result<Content, Error> {
+        let rows = self
+            .transaction
+            .query_typed(
+                &self.database.schema().sql(sql::RECEIVE),
+                &[(&self.consumer, Type::TEXT), (&self.messages_max, Type::INT4)],
+            )
+            .await?;
+        self.limit_statements().await?;
+        Ok(Content::Rows(rows))
+    }
+
+    /// Receives the batch into the relation `received`.
+    pub(super) async fn open(&self) -> Result<Content, Error> {
+        let schema = self.database.schema();
+        let row = self
+            .transaction
+            .query_typed_one(
+                &schema.sql(include_str!("../../sql/statements/open_batch.sql")),
+                &[
+                    (&self.consumer, Type::TEXT),
+                    (&self.messages_max, Type::INT4),
+                    (&schema.name(), Type::TEXT),
+                    (&self.timeout_text(), Type::TEXT),
+                ],
+            )
+            .await?;
+        let finds_received: bool = row.try_get("finds_received")?;
+        if !finds_received {
+            return Err(Error::new(ErrorKind::Conflict, "another relation in the search_path has the name received")
+                .with_hint("Rename it, or give the role of this program a search_path without it."));
+        }
+        let messages: i64 = row.try_get("messages")?;
+        Ok(Content::Opened { messages: messages.unsigned_abs(), has_failed_before: row.try_get("has_failed_before")? })
+    }
+
+    /// No statement of a handler outlives its message's time, whatever becomes of the handler.
+    async fn limit_statements(&self) -> Result<(), Error> {
+        let statement = include_str!("../../sql/statements/limit_statements.sql");
+        self.transaction.query_typed(statement, &[(&self.timeout_text(), Type::TEXT)]).await?;
+        Ok(())
+    }
+
+    fn timeout_text(&self) -> String {
+        self.message_timeout.as_millis().to_string()
+    }
+
+    /// Runs statements, none of which can end the transaction.
+    pub(super) async fn run(&self, statements: &str) -> Result<(), Error> {
+        let statement = self.database.schema().sql(include_str!("../../sql/statements/apply_statements.sql"));
+        self.transaction.query_typed(&statement, &[(&statements, Type::TEXT)]).await?;
+        Ok(())
+    }
+
+    /// Runs statements over a slice. Messages that fail by themselves are found, and failed, in the server.
+    pub(super) async fn try_statements(&self, slice: &Slice<'_>, statements: &str) -> Result<Failed, Error> {
+        let row = self
+            .transaction
+            .query_typed_one(
+                &self.database.schema().sql(include_str!("../../sql/statements/try_statements.sql")),
+                &[
+                    (&self.consumer, Type::TEXT),
+                    (&slice.partition.0, Type::INT4),
+                    (&slice.offsets, Type::INT8_ARRAY),
+                    (&statements, Type::TEXT),
+                ],
+            )
+            .await?;
+        let failed: i32 = row.try_get("failed")?;
+        let withdrawn: Vec<i64> = row.try_get("withdrawn")?;
+        Ok(Failed { messages: failed.unsigned_abs().into(), withdrawn: withdrawn.into_iter().collect() })
+    }
+
+    /// The batch in small parts, in its order.
+    pub(super) async fn slices<'c>(&self, content: &'c Content) -> Result<Vec<Slice<'c>>, Error> {
+        match content {
+            Content::Rows(rows) => rows
+                .chunks(SLICE_MESSAGES)
+                .map(|rows| {
+                    let offsets = rows.iter().map(|row| row.try_get("offset")).collect::<Result<_, _>>()?;
+                    Ok(Slice {
+                        partition: Partition(rows[0].try_get("partition")?),
+                        offsets,
+                        rows: rows.iter().collect(),
+                    })
+                })
+                .collect(),
+            Content::Opened { .. } => {
+                let statement = self.database.schema().sql(include_str!("../../sql/statements/batch_offsets.sql"));
+                let row = self.transaction.query_typed_one(&statement, &[]).await?;
+                let partition = Partition(row.try_get("partition")?);
+                let offsets: Vec<i64> = row.try_get("offsets")?;
+                Ok(offsets
+                    .chunks(SLICE_MESSAGES)
+                    .map(|offsets| Slice { partition, offsets: offsets.to_vec(), rows: Vec::new() })
+                    .collect())
+            }
+        }
+    }
+
+    /// Sets a mark to which a failure goes back.
+    pub(super) async fn set_savepoint(&self) -> Result<(), Error> {
+        Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_set.sql")).await?)
+    }
+
+    /// Goes back to the mark, and forgets it.
+    pub(super) async fn roll_back(&self) -> Result<(), Error> {
+        Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_roll_back.sql")).await?)
+    }
+
+    /// Forgets the mark.
+    pub(super) async fn release_savepoint(&self) -> Result<(), Error> {
+        Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_release.sql")).await?)
+    }
+
+    /// Fails a message that this transaction has received, after its effect was rolled back.
+    pub(super) async fn fail(&self, partition: Partition, offset: i64, blame: &Blame) -> Result<Failed, Error> {
+        let retry_at = match blame.verdict {
+            Verdict::RetryAt(time) => Some(time),
+            Verdict::Retry | Verdict::Permanent => None,
+        };
+        let row = self
+            .transaction
+            .query_typed_one(
+                &self.database.schema().sql(include_str!("../../sql/statements/fail.sql")),
+                &[
+                    (&self.consumer, Type::TEXT),
+                    (&partition.0, Type::INT4),
+                    (&offset, Type::INT8),
+                    (&blame.text, Type::TEXT),
+                    (&(blame.verdict == Verdict::Permanent), Type::BOOL),
+                    (&retry_at, Type::TIMESTAMPTZ),
+                ],
+            )
+            .await?;
+        let (outcome, attempts): (String, Option<i32>) = (row.try_get("outcome")?, row.try_get("attempts")?);
+        // Not the error: it may quote the message. The view blocked_keys and the dead letters have it.
+        tracing::warn!(
+            consumer.name = self.consumer,
+            message.partition = partition.0,
+            message.offset = offset,
+            message.attempts = attempts,
+            "a message failed and is {outcome}"
+        );
+        let withdrawn: Vec<i64> = row.try_get("withdrawn")?;
+        Ok(Failed { messages: 1, withdrawn: withdrawn.into_iter().collect() })
+    }
+}
+
+impl<'a> Slice<'a> {
+    /// Without what the transaction no longer has.
+    pub(super) fn without(mut self, withdrawn: &BTreeSet<i64>) -> Self {
+        if !self.rows.is_empty() {
+            let kept = self.offsets.iter().map(|offset| !withdrawn.contains(offset));
+            self.rows = self.rows.iter().zip(kept).filter_map(|(row, is_kept)| is_kept.then_some(*row)).collect();
+        }
+        self.offsets.retain(|offset| !withdrawn.contains(offset));
+        self
+    }
+
+    /// Its two halves.
+    pub(super) fn halves(&self) -> [Self; 2] {
+        let middle = self.offsets.len() / 2;
+        let part = |range: std::ops::Range<usize>| Self {
+            partition: self.partition,
+            offsets: self.offsets[range.clone()].to_vec(),
+            rows: self.rows.get(range).map(<[&'a Row]>::to_vec).unwrap_or_default(),
+        };
+        [part(0..middle), part(middle..self.offsets.len())]
+    }
+}
+
+/// Reads a received message from its row.
+pub(super) fn received<T: serde::de::DeserializeOwned>(row: &Row) -> Result<Received<T>, Trouble> {
+    let message_id = MessageId::from(row.try_get::<_, String>("message_id")?);
+    let offset = Offset(row.try_get("offset")?);
+    let partition = Partition(row.try_get("partition")?);
+    let payload: Json<&serde_json::value::RawValue> = row.try_get("payload")?;
+    let payload = serde_json::from_str(payload.0.get()).map_err(|error| {
+        // The error's text may quote the payload; only its place goes into messages and logs.
+        let text = format!("the payload does not fit the handler, at column {}", error.column());
+        Trouble::Message(Blame { culprit: Some(offset), text, verdict: Verdict::Retry })
+    })?;
+    let headers: Option<Json<serde_json::Map<String, serde_json::Value>>> = row.try_get("headers")?;
+    let attempt: i32 = row.try_get("attempt")?;
+    Ok(Received {
+        partition,
+        offset,
+        message_id,
+        key: row.try_get("key")?,
+        payload,
+        headers: headers.map(|headers| headers.0).unwrap_or_default(),
+        enqueued_at: row.try_get("enqueued_at")?,
+        attempt: attempt.unsigned_abs(),
+    })
+}
