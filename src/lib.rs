@@ -14,6 +14,7 @@ mod produce;
 mod relay;
 mod topic;
 
+mod member;
 mod shutdown;
 mod watch;
 mod worker;

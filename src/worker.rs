@@ -14,10 +14,12 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::consume::{Consumed, Consumer};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind, Remedy};
+use crate::member::{BEAT_EVERY, Member};
 use crate::relay::Relay;
 use crate::schema::check_version;
 use crate::shutdown::Shutdown;
@@ -33,6 +35,8 @@ const SLEEP_MAX: Duration = Duration::from_secs(10);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest wait after a failure.
 const RETRY_MAX: Duration = Duration::from_secs(5);
+/// How long the farewell of a worker may take.
+const FAREWELL_MAX: Duration = Duration::from_secs(2);
 /// Connections of the watch: one to look, one to listen.
 const WATCH_CONNECTIONS: usize = 2;
 /// Loops that each consumer gets, where nothing else is said.
@@ -126,6 +130,7 @@ impl Worker {
             let database = self.database.for_stage("relay", 1)?;
             stages.push((Work::Relay(relay), bell, database));
         }
+        let names = self.consumers.iter().map(|(consumer, _)| consumer.name().to_owned()).collect();
         for (consumer, loops) in self.consumers {
             let bell = bells.for_consumer(consumer.name());
             let database = self.database.for_stage(consumer.name(), loops)?;
@@ -134,9 +139,14 @@ impl Worker {
             }
         }
         let bells = Arc::new(bells);
+        let member = Arc::new(Member::new(names));
+        let is_over = CancellationToken::new();
         let mut loops = JoinSet::new();
         if !stages.is_empty() {
             let database = self.database.for_stage("watch", 1)?;
+            if member.has_consumers() {
+                loops.spawn(member_loop(Arc::clone(&member), database.clone(), is_over.clone()));
+            }
             let watch = Watch::new(Arc::clone(&bells));
             let listening = watch.listen(database.clone(), stop.clone());
             loops.spawn(async move {
@@ -152,11 +162,19 @@ impl Worker {
             });
         }
         for (work, bell, database) in stages {
-            loops.spawn(run_loop(Stage { work, bell, bells: Arc::clone(&bells) }, database, stop.clone()));
+            loops.spawn(run_loop(
+                Stage { work, bell, bells: Arc::clone(&bells), member: Arc::clone(&member) },
+                database,
+                stop.clone(),
+            ));
         }
         let mut report = Report::default();
         let mut first_error = None;
         while let Some(ended) = loops.join_next().await {
+            if loops.len() == 1 {
+                // Only the member is left, if there is one.
+                is_over.cancel();
+            }
             let ended = ended.unwrap_or_else(|panicked| {
                 Err(Error::new(ErrorKind::Defect, "a handler or a stage of the worker panicked").with_source(panicked))
             });
@@ -191,6 +209,7 @@ struct Stage {
     work: Work,
     bell: Arc<Notify>,
     bells: Arc<Bells>,
+    member: Arc<Member>,
 }
 
 impl Stage {
@@ -212,7 +231,14 @@ impl Stage {
                 Ok(Report { moved: relayed.moved, ..Report::default() })
             }
             Work::Consumer(consumer) => {
-                let Consumed { applied, failed } = consumer.step(database).await?;
+                let mut consumed = None;
+                if self.member.suspects(consumer.name()) {
+                    consumed = consumer.step_under_suspicion(database, self.member.id()).await?;
+                }
+                let Consumed { applied, failed } = match consumed {
+                    Some(consumed) => consumed,
+                    None => consumer.step_of_member(database).await?,
+                };
                 Ok(Report { moved: 0, applied, failed })
             }
         }
@@ -223,6 +249,13 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
     let mut done = Report::default();
     let mut pause = PAUSE_MIN;
     let mut failures = Failures::default();
+    if matches!(stage.work, Work::Consumer(_)) {
+        // Both arms only wait.
+        tokio::select! {
+            () = stage.member.joined() => {}
+            () = shutdown.stopping() => {}
+        }
+    }
     let mut awake = Some(stage.bells.awake());
     while !shutdown.is_stopping() {
         // Registered before looking, so that what comes between the look and the wait still wakes.
@@ -259,6 +292,36 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
         awake.get_or_insert_with(|| stage.bells.awake());
     }
     Ok(done)
+}
+
+/// Says that the worker lives, until all else is over, and bids farewell.
+async fn member_loop(member: Arc<Member>, database: Database, is_over: CancellationToken) -> Result<Report, Error> {
+    let mut failures = Failures::default();
+    while !is_over.is_cancelled() {
+        // Whatever is dropped here is one statement, and is said again or not needed any more.
+        let wait = tokio::select! {
+            () = is_over.cancelled() => break,
+            outcome = member.beat(&database) => match outcome {
+                Ok(()) => {
+                    failures.end("member");
+                    BEAT_EVERY
+                }
+                Err(error) => failures.add("member", error, &database).await?,
+            },
+        };
+        // Both arms only wait.
+        tokio::select! {
+            () = is_over.cancelled() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+    // Whoever goes without it is suspected for nothing.
+    match tokio::time::timeout(FAREWELL_MAX, member.leave(&database)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(error.kind = ?error.kind(), "left without a farewell: {error}"),
+        Err(_) => tracing::debug!("left without a farewell: no answer in time"),
+    }
+    Ok(Report::default())
 }
 
 /// Looks for work, for all stages, until it is asked to stop.

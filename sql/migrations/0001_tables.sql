@@ -265,6 +265,7 @@ create table pgonce.parked (
   error text,
   payload jsonb not null,
   headers jsonb,
+  is_suspect boolean not null default false,
   primary key (consumer_id, partition, "offset")
 );
 create index parked_due on pgonce.parked (consumer_id, partition, due_at) where due_at is not null and taken_by is null;
@@ -285,6 +286,8 @@ comment on column pgonce.parked.key is 'Its key.';
 comment on column pgonce.parked.error is 'How the last attempt failed.';
 comment on column pgonce.parked.payload is 'Its payload.';
 comment on column pgonce.parked.headers is 'Its headers.';
+comment on column pgonce.parked.is_suspect is 'Whether a process died of it: it is tried by itself from then on.';
+create index parked_suspect on pgonce.parked (consumer_id, partition) where is_suspect and taken_by is null;
 
 create table pgonce.dead_letters (
   dead_letter_id bigint generated always as identity primary key,
@@ -326,6 +329,40 @@ comment on column pgonce.dead_letters.settled_by is 'The role that replayed or d
 comment on column pgonce.dead_letters.payload is 'Its payload.';
 comment on column pgonce.dead_letters.headers is 'Its headers.';
 
+create table pgonce.members (
+  member_id uuid primary key,
+  pid integer not null,
+  consumers text[] not null,
+  joined_at timestamptz not null default clock_timestamp(),
+  beat_at timestamptz not null default clock_timestamp()
+) with (fillfactor = 50);
+comment on table pgonce.members is 'Processes that run consumers, while they run. One that ends without a farewell has died, perhaps of a message.';
+comment on column pgonce.members.member_id is 'The process, or rather this start of it.';
+comment on column pgonce.members.pid is 'The backend on which it last said that it lives.';
+comment on column pgonce.members.consumers is 'The consumers that it runs.';
+comment on column pgonce.members.joined_at is 'When it began.';
+comment on column pgonce.members.beat_at is 'When it last said that it lives, by the database''s clock. Decides who tries when, and nothing else.';
+
+create table pgonce.suspicions (
+  until_offset bigint not null,
+  tried_offset bigint,
+  tried_by uuid,
+  consumer_id integer not null,
+  partition integer not null,
+  messages integer not null check (messages between 1 and 10000),
+  raised_at timestamptz not null default clock_timestamp(),
+  primary key (consumer_id, partition),
+  check (tried_offset is null or tried_by is not null)
+);
+comment on table pgonce.suspicions is 'Where a process may have died of a message: there consumers go on in ranges that are written down first, and halved with each process that dies of one.';
+comment on column pgonce.suspicions.until_offset is 'The message has a lower offset than this, or is parked.';
+comment on column pgonce.suspicions.tried_offset is 'The message that is tried by itself, if it is only one.';
+comment on column pgonce.suspicions.tried_by is 'The process that tries; null while none does.';
+comment on column pgonce.suspicions.consumer_id is 'The consumer.';
+comment on column pgonce.suspicions.partition is 'The partition.';
+comment on column pgonce.suspicions.messages is 'How many messages are tried together.';
+comment on column pgonce.suspicions.raised_at is 'When it began.';
+
 create table pgonce.duplicate_receipts (
   consumer_id integer not null,
   message_id text collate "C" not null,
@@ -360,6 +397,10 @@ create type pgonce.relayed as (topic text, partition integer, moved integer, blo
 comment on type pgonce.relayed is 'What relay did in a partition: messages moved to the queue, and messages that wait because another session holds a lock on them or on an earlier one of their key.';
 create type pgonce.failed as (outcome text, attempts integer, due_at timestamptz, withdrawn bigint[]);
 comment on type pgonce.failed is 'What fail has made of a message: parked, dead, or gone (somebody else has settled it). withdrawn: the offsets that this transaction had received, and no longer has.';
+create type pgonce.suspected as (consumer text);
+comment on type pgonce.suspected is 'What beat answers: a consumer of which a process may have died.';
+create type pgonce.suspect_range as (partition integer, messages integer, is_suspect boolean);
+comment on type pgonce.suspect_range is 'What take_suspicion answers: so many messages of a partition, or one that a process has died of.';
 create type pgonce.tried as (failed integer, withdrawn bigint[]);
 comment on type pgonce.tried is 'What try_statements answers: how many messages failed, and the offsets that this transaction no longer has received.';
 create type pgonce.settled as (dead_letter_id bigint, was_settled boolean);

@@ -145,6 +145,7 @@ begin
   delete from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.progress p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.processed_ids p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.suspicions s where s.consumer_id = dropped.consumer_id;
   delete from pgonce.parked p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.dead_letters d where d.consumer_id = dropped.consumer_id;
   delete from pgonce.duplicate_receipts d where d.consumer_id = dropped.consumer_id;

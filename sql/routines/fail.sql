@@ -125,7 +125,7 @@ begin
     end if;
   else
     select q."offset", q.enqueued_at, clock_timestamp(), null, null, reader.consumer_id, q.partition, 0, q.bytes,
-           q.message_id, q.key, null, q.payload, q.headers
+           q.message_id, q.key, null, q.payload, q.headers, false
     into message
     from pgonce.queue q
     where q.topic_id = reader.topic_id and q.partition = fail.partition and q."offset" = fail."offset"

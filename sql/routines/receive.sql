@@ -163,7 +163,7 @@ end $$;
 comment on function pgonce.has_something is 'Internal: whether a consumer may find something to receive in a partition, from that offset on or parked.';
 
 create or replace function pgonce.take_parked(
-  reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint)
+  reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint, suspects boolean)
 returns bigint[]
 language plpgsql volatile
 as $$
@@ -171,8 +171,16 @@ as $$
 declare
   taken bigint[];
   keys text[];
-  known text[];
+  is_alone boolean;
 begin
+  -- One that a process has died of comes by itself, so that nothing else dies with it.
+  is_alone := suspects and exists (
+    select from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+      and k.is_suspect and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset);
+  if is_alone then
+    max := 1;
+  end if;
   -- Those that are due and the first of their keys, the longest due first, each with what waits behind it.
   select array_agg(b."offset" order by b."offset"), array_agg(distinct b.key)
   into taken, keys
@@ -185,6 +193,7 @@ begin
         from pgonce.parked k
         where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
           and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset
+          and k.is_suspect = is_alone
           and (reader.failure_policy = 'skip' or not exists (
             select from pgonce.parked f
             where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
@@ -201,6 +210,10 @@ begin
          where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
            and k.key = d.key and k."offset" > d."offset" and k."offset" < take_parked.next_offset
            and k.due_at is null
+           and not exists (
+             select from pgonce.parked s
+             where s.consumer_id = k.consumer_id and s.partition = k.partition and s.is_suspect and s.taken_by is null
+               and s.key = k.key and s."offset" between d."offset" + 1 and k."offset")
          order by k."offset"
          limit take_parked.max)) l
       order by d.due_at, d."offset", l."offset"
@@ -265,7 +278,7 @@ end $$;
 comment on function pgonce.left_out is 'Internal: parks the messages of a run of offsets that must not overtake a parked one, and answers the ids of those that are parked or dead.';
 
 create or replace function pgonce.receive_seen(
-  consumer text, max integer, partition integer, max_bytes bigint, seen bigint[])
+  consumer text, max integer, partition integer, max_bytes bigint, suspects boolean, seen bigint[])
 returns setof pgonce.received
 language plpgsql volatile rows 1000 security definer
 set search_path = pg_catalog, pg_temp
@@ -329,6 +342,9 @@ begin
     continue when not found;
     current := pgonce.newest_progress(reader.consumer_id, target.partition);
     continue when current.generation is distinct from target.generation;
+    -- Who does not want suspects leaves such a partition to take_suspicion, which names the partition.
+    continue when not suspects and receive_seen.partition is null
+      and pgonce.is_under_suspicion(reader, target.partition, current.next_offset);
 
     if exists (
       select from pgonce.parked k where k.consumer_id = reader.consumer_id and k.partition = target.partition) then
@@ -336,7 +352,7 @@ begin
       delete from pgonce.parked k
       where k.consumer_id = reader.consumer_id and k.partition = target.partition
         and k.taken_by is not null and k.taken_by is distinct from pg_current_xact_id_if_assigned();
-      taken := pgonce.take_parked(reader, target.partition, current.next_offset, max, max_bytes);
+      taken := pgonce.take_parked(reader, target.partition, current.next_offset, max, max_bytes, suspects);
       if cardinality(taken) > 0 then
         insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
         values (reader.consumer_id, target.partition, current.generation + 1, current.next_offset,
@@ -443,22 +459,24 @@ create or replace function pgonce.receive(
   consumer text,
   max integer default 1000,
   partition integer default null,
-  max_bytes bigint default 8388608)
+  max_bytes bigint default 8388608,
+  suspects boolean default true)
 returns setof pgonce.received
 language sql stable rows 1000
 begin atomic
   select r.consumer, r.partition, r."offset", r.message_id, r.key, r.payload, r.headers, r.enqueued_at, r.attempt
   from pgonce.receive_seen(
-    receive.consumer, receive.max, receive.partition, receive.max_bytes,
+    receive.consumer, receive.max, receive.partition, receive.max_bytes, receive.suspects,
     pgonce.seen_progress(receive.consumer, receive.partition)) r;
 end;
-comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; those first that failed before and are due again (attempt says how often they have been tried, this time included); recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole), PO011 (twice in one statement).';
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; those first that failed before and are due again (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole), PO011 (twice in one statement).';
 
 create or replace function pgonce.open_batch(
   consumer text,
   max integer default 1000,
   partition integer default null,
-  max_bytes bigint default 8388608)
+  max_bytes bigint default 8388608,
+  suspects boolean default true)
 returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -469,7 +487,7 @@ declare
 begin
   select count(*) as messages, min(r.partition) as partition, min(r."offset") as first, max(r."offset") as last
   into strict batch
-  from pgonce.receive(consumer, max, partition, max_bytes) r;
+  from pgonce.receive(consumer, max, partition, max_bytes, suspects) r;
   -- Also where it is empty: the batch of a call before must not be seen again.
   perform set_config('pgonce_batch.consumer_id', (pgonce.consumer_row(consumer)).consumer_id::text, true),
           set_config('pgonce_batch.partition', coalesce(batch.partition::text, ''), true),

@@ -1,7 +1,7 @@
 -- The statements of the consumer find `received`, and tables of pgonce, behind what their own search_path shows.
 with opened as materialized (
   select
-    pgonce.open_batch($1, max => $2) as messages,
+    pgonce.open_batch($1, max => $2, partition => $5, suspects => $6) as messages,
     pg_catalog.set_config('statement_timeout', $4, true) as timeout,
     pg_catalog.set_config(
       'search_path',

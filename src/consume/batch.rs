@@ -10,7 +10,6 @@ use super::failure::{Blame, Trouble, Verdict};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
 use crate::message::{MessageId, Offset, Partition, Received};
-use crate::sql;
 
 /// Messages between two savepoints, where some may fail.
 const SLICE_MESSAGES: usize = 16;
@@ -20,9 +19,18 @@ pub(super) struct OpenBatch<'a> {
     pub(super) consumer: &'a str,
     pub(super) database: &'a Database,
     pub(super) transaction: &'a Transaction<'a>,
-    /// Messages to receive at the most.
-    pub(super) messages_max: i32,
+    pub(super) scope: Scope,
     pub(super) message_timeout: Duration,
+}
+
+/// Which messages a batch may have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scope {
+    /// The partition; any one that is free, where nothing is said.
+    pub(super) partition: Option<i32>,
+    pub(super) messages_max: i32,
+    /// Whether one may be among them that a process has died of.
+    pub(super) suspects: bool,
 }
 
 /// What was received: the rows, or, where the payloads stay in the server, how many.
@@ -90,8 +98,13 @@ impl OpenBatch<'_> {
         let rows = self
             .transaction
             .query_typed(
-                &self.database.schema().sql(sql::RECEIVE),
-                &[(&self.consumer, Type::TEXT), (&self.messages_max, Type::INT4)],
+                &self.database.schema().sql(include_str!("../../sql/statements/receive_some.sql")),
+                &[
+                    (&self.consumer, Type::TEXT),
+                    (&self.scope.messages_max, Type::INT4),
+                    (&self.scope.partition, Type::INT4),
+                    (&self.scope.suspects, Type::BOOL),
+                ],
             )
             .await?;
         self.limit_statements().await?;
@@ -107,9 +120,11 @@ impl OpenBatch<'_> {
                 &schema.sql(include_str!("../../sql/statements/open_batch.sql")),
                 &[
                     (&self.consumer, Type::TEXT),
-                    (&self.messages_max, Type::INT4),
+                    (&self.scope.messages_max, Type::INT4),
                     (&schema.name(), Type::TEXT),
                     (&self.timeout_text(), Type::TEXT),
+                    (&self.scope.partition, Type::INT4),
+                    (&self.scope.suspects, Type::BOOL),
                 ],
             )
             .await?;

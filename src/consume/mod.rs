@@ -15,11 +15,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio_postgres::Transaction;
+use tokio_postgres::types::Type;
+use uuid::Uuid;
 
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
 
-use batch::{Content, Failed, OpenBatch};
+use batch::{Content, Failed, OpenBatch, Scope};
 pub use failure::Failure;
 use failure::Trouble;
 use handler::Effect;
@@ -133,11 +135,42 @@ impl Consumer {
     /// [`WrongConsumer`](ErrorKind::WrongConsumer); [`Handler`](ErrorKind::Handler) if the handler ended its transaction;
     /// errors of the database. The messages come again.
     pub async fn step(&self, database: &Database) -> Result<Consumed, Error> {
+        self.step_in(database, Scope { partition: None, messages_max: self.batch_messages, suspects: true }).await
+    }
+
+    /// The same for a member, which leaves to [`step_under_suspicion`](Self::step_under_suspicion) what may kill it.
+    pub(crate) async fn step_of_member(&self, database: &Database) -> Result<Consumed, Error> {
+        self.step_in(database, Scope { partition: None, messages_max: self.batch_messages, suspects: false }).await
+    }
+
+    /// Tries what a process may have died of, a range that is written down first. Nothing where there is none to try.
+    pub(crate) async fn step_under_suspicion(
+        &self,
+        database: &Database,
+        member: Uuid,
+    ) -> Result<Option<Consumed>, Error> {
+        let session = database.session().await?;
+        let statement = database.schema().sql(include_str!("../../sql/statements/take_suspicion.sql"));
+        let range = session.query_typed(&statement, &[(&self.name, Type::TEXT), (&member, Type::UUID)]).await?;
+        session.give_back();
+        let Some(range) = range.first() else {
+            return Ok(None);
+        };
+        let messages: i32 = range.try_get("messages")?;
+        let scope = Scope {
+            partition: Some(range.try_get("partition")?),
+            messages_max: messages.min(self.batch_messages),
+            suspects: range.try_get("is_suspect")?,
+        };
+        self.step_in(database, scope).await.map(Some)
+    }
+
+    async fn step_in(&self, database: &Database, scope: Scope) -> Result<Consumed, Error> {
         let is_careful = self.caution.load(Ordering::Relaxed) > 0;
-        let mut outcome = self.step_once(database, is_careful).await;
+        let mut outcome = self.step_once(database, scope, is_careful).await;
         if matches!(outcome, Err(Trouble::Message(_))) {
             self.caution.store(CAREFUL_STEPS, Ordering::Relaxed);
-            outcome = self.step_once(database, true).await;
+            outcome = self.step_once(database, scope, true).await;
         } else if is_careful && outcome.as_ref().is_ok_and(|consumed| consumed.applied > 0 || consumed.failed > 0) {
             let clean = outcome.as_ref().is_ok_and(|consumed| consumed.failed == 0);
             let steps = if clean { self.caution.load(Ordering::Relaxed).saturating_sub(1) } else { CAREFUL_STEPS };
@@ -150,14 +183,14 @@ impl Consumer {
         })
     }
 
-    async fn step_once(&self, database: &Database, is_careful: bool) -> Result<Consumed, Trouble> {
+    async fn step_once(&self, database: &Database, scope: Scope, is_careful: bool) -> Result<Consumed, Trouble> {
         let mut session = database.session().await?;
         let transaction = session.transaction().await?;
         let batch = OpenBatch {
             consumer: &self.name,
             database,
             transaction: &transaction,
-            messages_max: self.batch_messages,
+            scope,
             message_timeout: self.message_timeout,
         };
         let content = self.effect.receive(&batch).await?;
@@ -175,6 +208,10 @@ impl Consumer {
                 return Err(trouble);
             }
             self.expect_open(&transaction).await?;
+        }
+        if let Some(partition) = scope.partition {
+            let statement = database.schema().sql(include_str!("../../sql/statements/clear_suspicion.sql"));
+            transaction.query_typed(&statement, &[(&self.name, Type::TEXT), (&partition, Type::INT4)]).await?;
         }
         // Also without messages: a batch of nothing but duplicates has moved the offset.
         transaction.commit().await?;

@@ -28,6 +28,7 @@ mod relay;
 mod roles;
 mod schema;
 mod sql;
+mod suspicion;
 mod tidy;
 mod topic;
 mod upgrade;

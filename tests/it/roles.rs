@@ -21,13 +21,17 @@ const CONSUMER: &str = "counter";
 const PRODUCER: &[&str] = &["cancel", "enqueue", "enqueue_many"];
 const WORKER: &[&str] = &[
     "apply_statements",
+    "beat",
+    "clear_suspicion",
     "fail",
+    "leave",
     "open_batch",
     "process_once",
     "receive",
     "receive_seen",
     "relay",
     "seen_progress",
+    "take_suspicion",
     "try_statements",
     "watch",
 ];

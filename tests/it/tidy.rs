@@ -18,7 +18,7 @@ const FLOORS: &[&[&str]] = &[
     &["database", "sql"],
     &["produce", "relay", "consume", "topic"],
     &["shutdown"],
-    &["watch"],
+    &["watch", "member"],
     &["worker"],
     &["embedded"],
     &["cli"],

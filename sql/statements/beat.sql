@@ -1,0 +1,1 @@
+select consumer from pgonce.beat($1, $2)

@@ -1,0 +1,1 @@
+select pgonce.clear_suspicion($1, $2)

@@ -1,0 +1,1 @@
+select pgonce.leave($1)

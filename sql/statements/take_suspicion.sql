@@ -1,0 +1,1 @@
+select partition, messages, is_suspect from pgonce.take_suspicion($1, $2)
