@@ -231,12 +231,12 @@ impl Stage {
                 Ok(Report { moved: relayed.moved, ..Report::default() })
             }
             Work::Consumer(consumer) => {
-                let mut consumed = None;
+                let mut done = None;
                 if self.member.suspects(consumer.name()) {
-                    consumed = consumer.step_under_suspicion(database, self.member.id()).await?;
+                    done = consumer.step_under_suspicion(database, self.member.id()).await?;
                 }
-                let Consumed { applied, failed } = match consumed {
-                    Some(consumed) => consumed,
+                let Consumed { applied, failed } = match done {
+                    Some(done) => done,
                     None => consumer.step_of_member(database).await?,
                 };
                 Ok(Report { moved: 0, applied, failed })
