@@ -395,6 +395,10 @@ create type pgonce.cancelled as (message_id text, was_cancelled boolean);
 comment on type pgonce.cancelled is 'What cancel answers.';
 create type pgonce.relayed as (topic text, partition integer, moved integer, blocked integer);
 comment on type pgonce.relayed is 'What relay did in a partition: messages moved to the queue, and messages that wait because another session holds a lock on them or on an earlier one of their key.';
+create type pgonce.received_message as (
+  consumer text, partition integer, "offset" bigint, message_id text, key text, payload jsonb, headers jsonb,
+  enqueued_at timestamptz, attempt integer);
+comment on type pgonce.received_message is 'What receive answers, and what the view received shows. attempt: how often it has been tried, this time included.';
 create type pgonce.failed as (outcome text, attempts integer, due_at timestamptz, withdrawn bigint[]);
 comment on type pgonce.failed is 'What fail has made of a message: parked, dead, or gone (somebody else has settled it). withdrawn: the offsets that this transaction had received, and no longer has.';
 create type pgonce.suspected as (consumer text);

@@ -23,40 +23,55 @@
 -- would be lost. The second run meets a generation that this very transaction wrote and the statement has not seen, and
 -- raises.
 
+create or replace function pgonce.open_messages()
+returns setof pgonce.received_message
+language plpgsql stable security definer rows 1000
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers;
+  open_partition constant integer := nullif(current_setting('pgonce_batch.partition', true), '');
+  first_offset constant bigint := nullif(current_setting('pgonce_batch.first_offset', true), '');
+  last_offset constant bigint := nullif(current_setting('pgonce_batch.last_offset', true), '');
+begin
+  select c.* into reader from pgonce.consumers c
+  where c.consumer_id = nullif(current_setting('pgonce_batch.consumer_id', true), '')::integer;
+  if current_setting('pgonce_batch.is_of_parked', true) = 'true' then
+    return query
+      select reader.consumer, k.partition, k."offset", k.message_id, k.key, k.payload, k.headers, k.enqueued_at, k.attempts + 1
+      from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = open_partition
+        and k."offset" between first_offset and last_offset
+        and k.taken_by = pg_current_xact_id_if_assigned()
+      order by k."offset";
+  elsif current_setting('pgonce_batch.has_gaps', true) = 'false' then
+    return query
+      select reader.consumer, q.partition, q."offset", q.message_id, q.key, q.payload, q.headers, q.enqueued_at, 1
+      from pgonce.queue q
+      where q.topic_id = reader.topic_id and q.partition = open_partition
+        and q."offset" between first_offset and last_offset
+      order by q."offset";
+  else
+    return query
+      select reader.consumer, q.partition, q."offset", q.message_id, q.key, q.payload, q.headers, q.enqueued_at, 1
+      from pgonce.queue q
+      where q.topic_id = reader.topic_id and q.partition = open_partition
+        and q."offset" between first_offset and last_offset
+        and exists (
+          select from pgonce.processed_ids p
+          where p.consumer_id = reader.consumer_id and p.message_id = q.message_id
+            and p.partition = q.partition and p."offset" = q."offset")
+      order by q."offset";
+  end if;
+end $$;
+comment on function pgonce.open_messages is 'What the view received shows. A function, so that statements over it are planned quickly, and always in the same way.';
+
 create or replace view pgonce.received as
-select
-  c.consumer,
-  q.partition,
-  q."offset",
-  q.message_id,
-  q.key,
-  q.payload,
-  q.headers,
-  q.enqueued_at,
-  1 as attempt
-from pgonce.consumers c
-join pgonce.queue q on q.topic_id = c.topic_id
-where c.consumer_id = nullif(current_setting('pgonce_batch.consumer_id', true), '')::integer
-  and q.partition = nullif(current_setting('pgonce_batch.partition', true), '')::integer
-  and q."offset" between nullif(current_setting('pgonce_batch.first_offset', true), '')::bigint
-                     and nullif(current_setting('pgonce_batch.last_offset', true), '')::bigint
-  and current_setting('pgonce_batch.is_of_parked', true) = 'false'
-  and (current_setting('pgonce_batch.has_gaps', true) = 'false'
-    or exists (
-      select from pgonce.processed_ids p
-      where p.consumer_id = c.consumer_id and p.message_id = q.message_id
-        and p.partition = q.partition and p."offset" = q."offset"))
-union all
-select c.consumer, k.partition, k."offset", k.message_id, k.key, k.payload, k.headers, k.enqueued_at, k.attempts + 1
-from pgonce.consumers c
-join pgonce.parked k on k.consumer_id = c.consumer_id
-where c.consumer_id = nullif(current_setting('pgonce_batch.consumer_id', true), '')::integer
-  and k.partition = nullif(current_setting('pgonce_batch.partition', true), '')::integer
-  and k."offset" between nullif(current_setting('pgonce_batch.first_offset', true), '')::bigint
-                     and nullif(current_setting('pgonce_batch.last_offset', true), '')::bigint
-  and current_setting('pgonce_batch.is_of_parked', true) = 'true'
-  and k.taken_by = pg_current_xact_id_if_assigned();
-comment on view pgonce.received is 'The messages that open_batch received in this transaction: what the statements of an sql consumer read. Its row type is also what receive returns. Empty outside such a transaction.';
+select m.consumer, m.partition, m."offset", m.message_id, m.key, m.payload, m.headers, m.enqueued_at, m.attempt
+from pgonce.open_messages() m;
+comment on view pgonce.received is 'The messages that open_batch received in this transaction: what the statements of an sql consumer read. Empty outside such a transaction.';
 
 create or replace function pgonce.newest_progress(consumer_id integer, partition integer)
 returns pgonce.progress
@@ -279,7 +294,7 @@ comment on function pgonce.left_out is 'Internal: parks the messages of a run of
 
 create or replace function pgonce.receive_seen(
   consumer text, max integer, partition integer, max_bytes bigint, suspects boolean, seen bigint[])
-returns setof pgonce.received
+returns setof pgonce.received_message
 language plpgsql volatile rows 1000 security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
@@ -461,7 +476,7 @@ create or replace function pgonce.receive(
   partition integer default null,
   max_bytes bigint default 8388608,
   suspects boolean default true)
-returns setof pgonce.received
+returns setof pgonce.received_message
 language sql stable rows 1000
 begin atomic
   select r.consumer, r.partition, r."offset", r.message_id, r.key, r.payload, r.headers, r.enqueued_at, r.attempt

@@ -1,2 +1,3 @@
-select min(r.partition) as partition, array_agg(r."offset" order by r."offset") as offsets
+select r.partition, r."offset", r.attempt
 from pgonce.received r
+order by r."offset"

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio_postgres::types::{Json, Type};
+use tokio_postgres::types::{Json, ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
 use super::failure::{Blame, Trouble, Verdict};
@@ -76,6 +76,7 @@ pub(super) struct Slice<'a> {
     pub(super) partition: Partition,
     pub(super) offsets: Vec<i64>,
     pub(super) rows: Vec<&'a Row>,
+    is_alone: bool,
 }
 
 /// What failed, and what the transaction has no longer received because of it.
@@ -95,19 +96,16 @@ impl Failed {
 impl OpenBatch<'_> {
     /// Receives the batch, with its payloads.
     pub(super) async fn receive(&self) -> Result<Content, Error> {
-        let rows = self
-            .transaction
-            .query_typed(
-                &self.database.schema().sql(include_str!("../../sql/statements/receive_some.sql")),
-                &[
-                    (&self.consumer, Type::TEXT),
-                    (&self.scope.messages_max, Type::INT4),
-                    (&self.scope.partition, Type::INT4),
-                    (&self.scope.suspects, Type::BOOL),
-                ],
-            )
-            .await?;
-        self.limit_statements().await?;
+        let statement = self.database.schema().sql(include_str!("../../sql/statements/receive_some.sql"));
+        let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
+            (&self.consumer, Type::TEXT),
+            (&self.scope.messages_max, Type::INT4),
+            (&self.scope.partition, Type::INT4),
+            (&self.scope.suspects, Type::BOOL),
+        ];
+        let receive = async { self.transaction.query_typed(&statement, &parameters).await.map_err(Error::from) };
+        // Sent one after the other, and answered together.
+        let (rows, ()) = tokio::try_join!(receive, self.limit_statements())?;
         Ok(Content::Rows(rows))
     }
 
@@ -174,31 +172,33 @@ impl OpenBatch<'_> {
         Ok(Failed { messages: failed.unsigned_abs().into(), withdrawn: withdrawn.into_iter().collect() })
     }
 
-    /// The batch in small parts, in its order.
+    /// The batch in small parts, in its order. What failed before, and will do so again as likely as not, stands alone.
     pub(super) async fn slices<'c>(&self, content: &'c Content) -> Result<Vec<Slice<'c>>, Error> {
+        let mut slices: Vec<Slice<'c>> = Vec::new();
+        let mut add = |partition: i32, offset: i64, attempt: i32, row: Option<&'c Row>| {
+            let is_alone = attempt > 1;
+            let is_full = |slice: &Slice<'_>| slice.is_alone || slice.offsets.len() >= SLICE_MESSAGES;
+            if is_alone || slices.last().is_none_or(is_full) {
+                slices.push(Slice { partition: Partition(partition), offsets: Vec::new(), rows: Vec::new(), is_alone });
+            }
+            let slice = slices.last_mut().expect("there is one");
+            slice.offsets.push(offset);
+            slice.rows.extend(row);
+        };
         match content {
-            Content::Rows(rows) => rows
-                .chunks(SLICE_MESSAGES)
-                .map(|rows| {
-                    let offsets = rows.iter().map(|row| row.try_get("offset")).collect::<Result<_, _>>()?;
-                    Ok(Slice {
-                        partition: Partition(rows[0].try_get("partition")?),
-                        offsets,
-                        rows: rows.iter().collect(),
-                    })
-                })
-                .collect(),
+            Content::Rows(rows) => {
+                for row in rows {
+                    add(row.try_get("partition")?, row.try_get("offset")?, row.try_get("attempt")?, Some(row));
+                }
+            }
             Content::Opened { .. } => {
                 let statement = self.database.schema().sql(include_str!("../../sql/statements/batch_offsets.sql"));
-                let row = self.transaction.query_typed_one(&statement, &[]).await?;
-                let partition = Partition(row.try_get("partition")?);
-                let offsets: Vec<i64> = row.try_get("offsets")?;
-                Ok(offsets
-                    .chunks(SLICE_MESSAGES)
-                    .map(|offsets| Slice { partition, offsets: offsets.to_vec(), rows: Vec::new() })
-                    .collect())
+                for row in self.transaction.query_typed(&statement, &[]).await? {
+                    add(row.try_get("partition")?, row.try_get("offset")?, row.try_get("attempt")?, None);
+                }
             }
         }
+        Ok(slices)
     }
 
     /// Sets a mark to which a failure goes back.
@@ -268,6 +268,7 @@ impl<'a> Slice<'a> {
             partition: self.partition,
             offsets: self.offsets[range.clone()].to_vec(),
             rows: self.rows.get(range).map(<[&'a Row]>::to_vec).unwrap_or_default(),
+            is_alone: false,
         };
         [part(0..middle), part(middle..self.offsets.len())]
     }

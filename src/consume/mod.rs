@@ -236,10 +236,11 @@ impl Consumer {
                     failed.add(part);
                 }
                 Err(Trouble::Message(blame)) => {
-                    batch.roll_back().await?;
                     let alone = slice.offsets.first().copied().filter(|_| slice.offsets.len() == 1);
                     if let Some(offset) = blame.culprit.map(|offset| offset.0).or(alone) {
-                        let part = batch.fail(slice.partition, offset, &blame).await?;
+                        // Sent one after the other, and answered together.
+                        let ((), part) =
+                            tokio::try_join!(batch.roll_back(), batch.fail(slice.partition, offset, &blame))?;
                         if !part.withdrawn.contains(&offset) {
                             let message =
                                 format!("offset {offset} of consumer {:?} failed, and is still received", self.name);
@@ -248,6 +249,7 @@ impl Consumer {
                         failed.add(part);
                         slices.push(slice);
                     } else {
+                        batch.roll_back().await?;
                         let [first, second] = slice.halves();
                         slices.extend([second, first]);
                     }

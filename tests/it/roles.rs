@@ -26,6 +26,7 @@ const WORKER: &[&str] = &[
     "fail",
     "leave",
     "open_batch",
+    "open_messages",
     "process_once",
     "receive",
     "receive_seen",
