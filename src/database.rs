@@ -62,8 +62,8 @@ impl Database {
     /// Where the text leaves them out, `PGPASSWORD`, `PGPASSFILE`, `PGSSLMODE`, `PGSSLROOTCERT`, `PGSSLCERT`, `PGSSLKEY`,
     /// `PGTARGETSESSIONATTRS` and `PGAPPNAME` of the environment count; no other variable does. Any other parameter is an
     /// error. Unlike with libpq, the alternative names of a server's certificate have to hold its name (a common name is
-    /// not enough), `prefer` does not send a password that was refused again without TLS, and there are no revocation
-    /// lists. Files are read here, once.
+    /// not enough), `prefer` does not send a password that was refused again without TLS, there are no revocation lists,
+    /// and an `@` in a name or a password of the URL is written `%40`. Files are read here, once.
     ///
     /// # Errors
     ///
@@ -136,7 +136,8 @@ impl Database {
     /// [`ErrorKind::Unavailable`] if none is free within 10 s, or no host can be reached in its `connect_timeout`.
     /// [`ErrorKind::Database`] if the server does not let us in.
     pub async fn session(&self) -> Result<Session, Error> {
-        Ok(Session { connection: Some(self.pool.get().await.map_err(connect::failed)?) })
+        let connection = self.pool.get().await.map_err(|error| connect::failed(error, self.target.as_deref()))?;
+        Ok(Session { connection: Some(connection) })
     }
 }
 

@@ -148,6 +148,12 @@ impl Error {
         self
     }
 
+    /// Says before the message what was being done.
+    pub(crate) fn within(mut self, what: &str) -> Self {
+        self.0.message = format!("{what}: {}", self.0.message);
+        self
+    }
+
     /// What kind of failure it was.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -207,7 +213,9 @@ impl From<tokio_postgres::Error> for Error {
                  the one that is not."
                     .to_owned(),
             ),
-            ErrorKind::Denied => Some("The role lacks a right that it needs here: see Roles in the README.".to_owned()),
+            ErrorKind::Denied if reported.hint().is_none() => {
+                Some("The role lacks a right that it needs here: see Roles in the README.".to_owned())
+            }
             _ => reported.hint().map(str::to_owned),
         };
         let mut converted = Self::new(kind, reported.message().to_owned()).with_source(error);

@@ -7,10 +7,11 @@
 //!
 //! Invariant: a host that does not answer does not keep the next one from being tried. Each has its `connect_timeout`,
 //! which its addresses share; the last one has what is left of the time that the pool allows.
-//! Invariant: neither the URL nor a value of it stands in an error or in the log, but for names of hosts.
+//! Invariant: neither the URL nor a value of it stands in an error or in the log, but for hosts, ports and the database.
 //!
 //! Files are read once, by [`Target::read`].
 
+mod failure;
 mod parameters;
 mod password_file;
 mod tls;
@@ -32,6 +33,7 @@ use tokio_postgres::{AsyncMessage, Client, Connection, Error as DriverError, NoT
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
+pub(crate) use self::failure::failed;
 use self::parameters::{Parameters, invalid_value};
 use self::password_file::Login;
 use self::tls::Settings;
@@ -148,8 +150,8 @@ impl Target {
         let (ring, notifications) = mpsc::channel(1);
         let (client, task) = tokio::time::timeout(self.wait_max(), self.connect_to_any(Some(&ring)))
             .await
-            .map_err(|_| failed(PoolError::Timeout(TimeoutType::Create)))?
-            .map_err(|error| failed(PoolError::Backend(error)))?;
+            .map_err(|_| failed(PoolError::Timeout(TimeoutType::Create), Some(self)))?
+            .map_err(|error| failed(PoolError::Backend(error), Some(self)))?;
         Ok(Listener { client, notifications, _task: AbortOnDropHandle::new(task) })
     }
 
@@ -181,6 +183,23 @@ impl Target {
             }
             outcome => outcome,
         }
+    }
+}
+
+impl std::fmt::Display for Target {
+    /// The database, and the hosts where it may be.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let database = self.common.get_dbname().or(self.common.get_user()).unwrap_or_default();
+        write!(f, "database {database:?} at ")?;
+        for (nth, Host { name, port, .. }) in self.hosts.iter().enumerate() {
+            let comma = if nth == 0 { "" } else { ", " };
+            if is_socket(name) {
+                write!(f, "{comma}{name}/.s.PGSQL.{port}")?;
+            } else {
+                write!(f, "{comma}{name}:{port}")?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -231,33 +250,6 @@ impl Listener {
     pub(crate) async fn notification(&mut self) -> Result<(), Error> {
         let closed = || Error::new(ErrorKind::Unavailable, "the connection that listens was closed");
         self.notifications.recv().await.ok_or_else(closed)
-    }
-}
-
-/// Why the pool has no connection, and what to do about it.
-pub(crate) fn failed(error: PoolError) -> Error {
-    match error {
-        PoolError::Backend(error) => {
-            let hint = match tls::failure(&error) {
-                Some(failure) => Some(tls::hint(failure)),
-                None if error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION) => Some(
-                    "The server's pg_hba.conf does not let this user in from here in this way. Where it asks for TLS, \
-                     sslmode=require uses it; where it asks for a certificate, sslcert and sslkey name it.",
-                ),
-                None => None,
-            };
-            let converted = Error::from(error);
-            match hint {
-                Some(hint) => converted.with_hint(hint),
-                None => converted,
-            }
-        }
-        PoolError::Timeout(TimeoutType::Create) => Error::new(ErrorKind::Unavailable, "no server answered in time")
-            .with_hint("Is the server running, and does the URL name it? connect_timeout is the time for each host."),
-        PoolError::Timeout(TimeoutType::Wait) => {
-            Error::new(ErrorKind::Unavailable, "all connections of the pool are in use, and none came back in time")
-        }
-        other => Error::new(ErrorKind::Unavailable, format!("no connection from the pool: {other}")),
     }
 }
 

@@ -38,9 +38,12 @@ impl Parameters {
     /// [`ErrorKind::Invalid`] if the text is neither a URL nor keywords and values.
     pub(super) fn read(text: &str, environment: impl Fn(&str) -> Option<String>) -> Result<Self, Error> {
         let url = text.strip_prefix("postgresql://").or_else(|| text.strip_prefix("postgres://"));
-        let mut read = match url {
-            Some(rest) => of_url(rest)?,
-            None => of_keywords(text)?,
+        let mut read = match (url, text.split_once("://")) {
+            (Some(rest), _) => of_url(rest)?,
+            (None, Some((scheme, _))) if is_scheme(scheme) => {
+                return Err(unreadable(&format!("its scheme is {scheme}, not postgresql")));
+            }
+            (None, _) => of_keywords(text)?,
         };
         read.retain(|_, value| !value.is_empty());
         for (name, variable) in ENVIRONMENT {
@@ -113,6 +116,13 @@ fn insert(read: &mut BTreeMap<String, String>, name: &str, value: impl Into<Stri
     Ok(())
 }
 
+/// Whether that may be the scheme of a URL, and not a part of a password.
+fn is_scheme(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= NAME_BYTES_MAX
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'+')
+}
+
 /// The parameters of a URL, without its scheme.
 fn of_url(rest: &str) -> Result<BTreeMap<String, String>, Error> {
     let mut read = BTreeMap::new();
@@ -124,6 +134,12 @@ fn of_url(rest: &str) -> Result<BTreeMap<String, String>, Error> {
         rest = &rest[end + 1..];
     }
     let (before, query) = rest.split_once('?').unwrap_or((rest, ""));
+    if before.contains('@') {
+        // libpq takes it for a part of a name. More likely the password goes on up to there, and no error must quote it.
+        return Err(unreadable("there is an @ behind the user or the host").with_hint(
+            "In a password, @ is written %40, : is %3A, / is %2F and # is %23, as is an @ in another name.",
+        ));
+    }
     let (authority, path) = before.split_once('/').unwrap_or((before, ""));
     let (mut hosts, mut ports) = (Vec::new(), Vec::new());
     for place in authority.split(',') {
@@ -282,12 +298,26 @@ mod tests {
             "postgresql://[::1]secret",
             "postgresql://u:secret%ff@db",
             "postgresql://u:secret%00@db",
+            "postgresql://u:se@cret@db/app",
+            "postgresql://u:12/secret@db/app",
+            "postgresql://u:12@a,34@secret/app",
             "postgresql://db?secret",
             "postgresql://db?se%20cret=1",
         ] {
             let Err(error) = Parameters::read(text, |_| None) else { panic!("{text} can be read") };
             let said = format!("{error} {error:?}");
             assert!(!said.to_lowercase().contains("cret"), "{said}");
+        }
+    }
+
+    #[test]
+    fn another_scheme_and_a_password_that_is_not_encoded_are_said() {
+        for (text, word) in [
+            ("mysql://user:secret@db/app", "its scheme is mysql, not postgresql"),
+            ("postgresql://u:se@cret@db/app", "there is an @"),
+        ] {
+            let Err(error) = Parameters::read(text, |_| None) else { panic!("{text} can be read") };
+            assert!(error.to_string().contains(word), "{error}");
         }
     }
 
