@@ -134,14 +134,18 @@ impl Installed {
 ///
 /// Errors of the database.
 pub async fn installed<C: GenericClient>(client: &C, schema: &Schema) -> Result<Option<Installed>, Error> {
-    let is_there: bool = client
+    let found = client
         .query_typed_one(include_str!("../sql/statements/versions_exist.sql"), &[(&schema.name(), Type::TEXT)])
-        .await?
-        .try_get("versions_exist")?;
-    if !is_there {
+        .await?;
+    if !found.try_get::<_, bool>("versions_exist")? {
         return Ok(None);
     }
-    let row = client.query_typed_opt(&schema.sql(include_str!("../sql/statements/newest_version.sql")), &[]).await?;
+    let role: &str = found.try_get("role")?;
+    // What a role without any right meets first, and PostgreSQL does not say whose right is missing.
+    let row = client
+        .query_typed_opt(&schema.sql(include_str!("../sql/statements/newest_version.sql")), &[])
+        .await
+        .map_err(|error| Error::from(error).within(&format!("role {role:?}")))?;
     row.map(|row| {
         Ok(Installed {
             version: row.try_get("version")?,

@@ -279,6 +279,21 @@ async fn a_role_without_a_right_is_told_so_and_what_helps() {
     let worker = Worker::new(world.pool(&world.producer)).relay(TOPIC);
     assert_eq!(worker.run(&Shutdown::new()).await.expect_err("denied").kind(), ErrorKind::Denied);
     drop(client);
+    let name = texts(&world.owner, "select current_database()::text").await.remove(0);
+    let nobody = format!("{name}_nobody");
+    world.owner.batch_execute(&format!("create role {nobody}")).await.expect("created");
+    for (schema, words) in [
+        ("pgonce", vec![format!("role {nobody:?}: permission denied for schema pgonce")]),
+        ("another", vec![format!("role {nobody} may not"), format!("grant create on database {name} to {nobody}")]),
+    ] {
+        let output = outcome(&["init", "--schema", schema, "--database-url", &world.url(&nobody)]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        for word in words {
+            assert!(said.contains(&word), "{said}");
+        }
+    }
+    world.owner.batch_execute(&format!("drop role {nobody}")).await.expect("removed");
     world.end().await;
 }
 
