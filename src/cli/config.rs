@@ -1,20 +1,28 @@
 //! `pgonce.toml`: what the daemon runs. `config/pgonce.toml` shows every key.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use serde::Deserialize;
 
 use super::Usage;
-use crate::{Consumer, Relay};
+use crate::{Consumer, Relay, Schema};
 
 /// Most loops of a consumer: each needs a connection.
 const LOOPS_MAX: usize = 64;
 /// Loops of a consumer, where nothing else is said.
 const LOOPS: usize = 2;
 /// Messages that a stage may take at a time.
-const BATCH_MESSAGES: std::ops::RangeInclusive<i32> = 1..=10_000;
+const BATCH_MESSAGES: RangeInclusive<i32> = 1..=10_000;
+/// Bytes of the name of a topic or a consumer.
+const NAME_BYTES: RangeInclusive<usize> = 1..=255;
+/// Partitions of a topic.
+const PARTITIONS: RangeInclusive<i32> = 1..=1024;
+/// Largest payload that a topic may be set to take, in bytes.
+const PAYLOAD_BYTES_MAX: RangeInclusive<i32> = 1..=67_108_864;
 /// Longest graceful stop, in seconds: a day.
 pub(super) const GRACEFUL_STOP_SECONDS_MAX: u64 = 86_400;
 /// How alike two keys are at least, of 1, where one is taken for a misspelling of the other.
@@ -98,7 +106,7 @@ impl Config {
     pub(super) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config: Self = toml::from_str(&text).map_err(|error| {
-            let hint = nearest_key(error.message()).map_or_else(String::new, |key| format!("\n  did you mean {key}?"));
+            let hint = hint(error.message()).map_or_else(String::new, |hint| format!("\n  {hint}"));
             Usage(format!(
                 "{} is not a configuration of pgonce: {}{hint}",
                 path.display(),
@@ -107,7 +115,7 @@ impl Config {
         })?;
         config
             .check()
-            .map_err(|error| Usage(format!("{} is not a configuration of pgonce: {error}", path.display())))?;
+            .map_err(|error| Usage(format!("{} is not a configuration of pgonce: {error:#}", path.display())))?;
         Ok(config)
     }
 
@@ -116,30 +124,21 @@ impl Config {
         if let Some(seconds) = self.graceful_stop_seconds.filter(|seconds| *seconds > GRACEFUL_STOP_SECONDS_MAX) {
             bail!("graceful_stop_seconds of {seconds}: 0 to {GRACEFUL_STOP_SECONDS_MAX} are possible");
         }
-        let mut names = BTreeSet::new();
-        if let Some(topic) = self.topics.iter().find(|topic| !names.insert(&topic.name)) {
-            bail!("topic {:?} stands there twice", topic.name);
+        if let Some(name) = &self.schema {
+            Schema::new(name).map_err(|error| anyhow!("{error}. {}", error.hint().unwrap_or_default()))?;
         }
-        let relayed = self.topics.iter().map(|topic| (&topic.name, "relay_batch_messages", topic.relay_batch_messages));
-        let received =
-            self.consumers.iter().map(|consumer| (&consumer.name, "batch_messages", consumer.batch_messages));
-        for (name, key, messages) in relayed.chain(received) {
-            if let Some(messages) = messages.filter(|messages| !BATCH_MESSAGES.contains(messages)) {
-                let (least, most) = BATCH_MESSAGES.into_inner();
-                bail!("{name:?}: {key} of {messages}: {least} to {most} are possible");
+        let mut names = BTreeSet::new();
+        for topic in &self.topics {
+            topic.check().with_context(|| format!("topic {:?}", topic.name))?;
+            if !names.insert(&topic.name) {
+                bail!("topic {:?} stands there twice", topic.name);
             }
         }
         let mut names = BTreeSet::new();
         for consumer in &self.consumers {
+            consumer.check().with_context(|| format!("consumer {:?}", consumer.name))?;
             if !names.insert(&consumer.name) {
                 bail!("consumer {:?} stands there twice", consumer.name);
-            }
-            if consumer.loops.is_some_and(|loops| !(1..=LOOPS_MAX).contains(&loops)) {
-                bail!("consumer {:?}: loops are 1 to {LOOPS_MAX}", consumer.name);
-            }
-            let statements = consumer.statements.as_deref().map(str::trim);
-            if matches!(consumer.kind, Kind::Sql) != statements.is_some() || statements == Some("") {
-                bail!("consumer {:?}: statements go with kind = \"sql\", and only with it", consumer.name);
             }
         }
         Ok(())
@@ -167,6 +166,13 @@ impl Config {
 }
 
 impl Topic {
+    fn check(&self) -> anyhow::Result<()> {
+        check_name("name", &self.name)?;
+        check_bounds("partitions", self.partitions, PARTITIONS)?;
+        check_bounds("payload_bytes_max", self.payload_bytes_max, PAYLOAD_BYTES_MAX)?;
+        check_bounds("relay_batch_messages", self.relay_batch_messages, BATCH_MESSAGES)
+    }
+
     /// The stage that relays it.
     pub(super) fn stage(&self) -> Relay {
         let relay = Relay::topic(&self.name);
@@ -178,6 +184,21 @@ impl Topic {
 }
 
 impl ConsumerEntry {
+    fn check(&self) -> anyhow::Result<()> {
+        check_name("name", &self.name)?;
+        check_name("topic", &self.topic)?;
+        check_bounds("batch_messages", self.batch_messages, BATCH_MESSAGES)?;
+        check_bounds("loops", self.loops, 1..=LOOPS_MAX)?;
+        match (&self.kind, &self.statements) {
+            (Kind::Sql, None) => bail!("kind = \"sql\" needs statements"),
+            (Kind::Sql, Some(statements)) if is_comment(statements) => {
+                bail!("kind = \"sql\" needs statements, and there are only comments and blanks")
+            }
+            (Kind::WordCount, Some(_)) => bail!("statements go only with kind = \"sql\""),
+            (Kind::Sql, Some(_)) | (Kind::WordCount, None) => Ok(()),
+        }
+    }
+
     /// The stage that this entry describes.
     pub(super) fn stage(&self) -> Consumer {
         let stage = match &self.kind {
@@ -194,6 +215,43 @@ impl ConsumerEntry {
     pub(super) fn loops(&self) -> usize {
         self.loops.unwrap_or(LOOPS)
     }
+}
+
+fn check_name(key: &str, name: &str) -> anyhow::Result<()> {
+    if NAME_BYTES.contains(&name.len()) {
+        return Ok(());
+    }
+    let (least, most) = NAME_BYTES.into_inner();
+    bail!("{key} of {} bytes: {least} to {most} are possible", name.len())
+}
+
+fn check_bounds<T: PartialOrd + Display>(key: &str, value: Option<T>, bounds: RangeInclusive<T>) -> anyhow::Result<()> {
+    match value.filter(|value| !bounds.contains(value)) {
+        Some(value) => bail!("{key} of {value}: {} to {} are possible", bounds.start(), bounds.end()),
+        None => Ok(()),
+    }
+}
+
+/// Whether SQL is nothing but comments, blanks and semicolons.
+fn is_comment(sql: &str) -> bool {
+    let mut rest = sql;
+    loop {
+        rest = rest.trim_start_matches(|next: char| next.is_whitespace() || next == ';');
+        let end = match rest.get(..2) {
+            Some("--") => "\n",
+            Some("/*") => "*/",
+            _ => return rest.is_empty(),
+        };
+        rest = rest.split_once(end).map_or("", |(_, after)| after);
+    }
+}
+
+/// What was probably meant, for an error of the parser.
+fn hint(message: &str) -> Option<String> {
+    if message.starts_with("invalid type: map, expected a sequence") {
+        return Some("write [[topic]] and [[consumer]], in double brackets".to_owned());
+    }
+    nearest_key(message).map(|key| format!("did you mean {key}?"))
 }
 
 /// The known key that an unknown one was meant to be. The parser's message quotes the unknown key and then all known ones.
@@ -298,12 +356,28 @@ mod tests {
             ("[[topic]]\nname = 'a'\nrelay_batch_messages = 0", "10000"),
             ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'word_count'\nbatch_messages = 10001", "10000"),
             ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'sql'\nstatements = ' '", "statements"),
-            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'sql'", "statements"),
+            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'sql'", "kind = \"sql\" needs statements"),
+            ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'sql'\nstatements = '-- a'", "comments"),
+            ("[[consumer]]\nname = ''\ntopic = 't'\nkind = 'word_count'", "name of 0 bytes"),
+            ("[[consumer]]\nname = 'a'\ntopic = ''\nkind = 'word_count'", "topic of 0 bytes"),
+            ("[[topic]]\nname = 'a'\npartitions = 1025", "1024"),
+            ("[[topic]]\nname = 'a'\npayload_bytes_max = 0", "67108864"),
+            ("schema = 'a b'", "letters"),
             ("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'word_count'\nloops = 65", "64"),
         ] {
             let config: Config = toml::from_str(text).expect("it can be read");
-            let error = config.check().expect_err("refused").to_string();
+            let error = format!("{:#}", config.check().expect_err("refused"));
             assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn sql_is_told_from_comments() {
+        for sql in ["", " ;\n", "-- nothing", "--\n-- select 1\n;", "/* select 1 */ -- x", "/* open"] {
+            assert!(is_comment(sql), "{sql}");
+        }
+        for sql in ["select 1", "-- a\nselect 1", "/* a */ select 1 /* b */", "- 1", "ä"] {
+            assert!(!is_comment(sql), "{sql}");
         }
     }
 }

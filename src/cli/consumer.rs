@@ -11,7 +11,7 @@ use super::config::StartAt;
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{Error, create_consumer};
+use crate::{Error, Schema, Session, create_consumer};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -24,6 +24,8 @@ pub(super) struct Consumer {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Create a consumer, or check that it is as said.
+    #[command(after_help = "Examples:\n  pgonce consumer create billing --topic orders --start-at latest\n  \
+        pgonce consumer create webhooks")]
     Create {
         /// Its name, 1 to 255 bytes.
         consumer: String,
@@ -75,8 +77,11 @@ impl Consumer {
             Action::Create { consumer, topic, start_at, connection } => {
                 let installed = connection.installed().await?;
                 let schema = installed.schema();
-                create_consumer(&*installed.session, schema, &consumer, topic.as_deref(), start_at.into()).await?;
-                say!("consumer {consumer} is there")?;
+                if create(&installed.session, schema, &consumer, topic.as_deref(), start_at).await? {
+                    say!("created consumer {consumer}")?;
+                } else {
+                    say!("consumer {consumer} is there")?;
+                }
             }
             Action::List(Reading { json, connection }) => {
                 let consumers = consumer_lags(&connection.installed().await?).await?;
@@ -104,6 +109,24 @@ impl Consumer {
         }
         Ok(Outcome::Done)
     }
+}
+
+/// Creates a consumer, or sees to it that it is as said, and answers whether it was not there. Where it is as said it only
+/// reads, so that the role of a worker suffices.
+pub(super) async fn create(
+    session: &Session,
+    schema: &Schema,
+    consumer: &str,
+    topic: Option<&str>,
+    start_at: StartAt,
+) -> Result<bool, Error> {
+    let statement = schema.sql(include_str!("../../sql/statements/consumer_is_there.sql"));
+    let found = session.query_typed_opt(&statement, &[(&consumer, Type::TEXT), (&topic, Type::TEXT)]).await?;
+    let is_as_said = found.as_ref().map(|row| row.try_get("is_as_said")).transpose()?.flatten().unwrap_or(false);
+    if !is_as_said {
+        create_consumer(&**session, schema, consumer, topic, start_at.into()).await?;
+    }
+    Ok(found.is_none())
 }
 
 async fn show(installed: &Installed, consumer: &str) -> anyhow::Result<Shown> {

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::Outcome;
 use super::connection::{Connection, Installed};
-use super::text::{print_json, say};
+use super::text::{count, print_json, say};
 use crate::{Error, Message, Producer, Remedy, Sent};
 
 /// Messages of one transaction.
@@ -27,10 +27,11 @@ const LINE_BYTES_MAX: u64 = 66 << 20;
 
 /// Enqueue messages from a file or from standard input, one JSON object a line.
 ///
-/// A line is {"payload": …} and may have "key", "`message_id`", "headers" (an object) and "`deliver_at`" (as in
+/// A line is {"payload": …} and may have "key", "message_id", "headers" (an object) and "deliver_at" (as in
 /// 2030-01-31T09:00:00Z). Lines are committed a thousand at a time. A bad line ends the command, with its number and what
-/// is wrong; the lines before it may have been enqueued. Run it again after that, or after a crash: with a "`message_id`"
+/// is wrong; the lines before it may have been enqueued. Run it again after that, or after a crash: with a "message_id"
 /// in each line, or with --source, nothing is enqueued twice.
+#[expect(clippy::doc_markdown, reason = "the help shows backquotes as they are")]
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     echo '{\"payload\": {\"word\": \"once\"}, \"message_id\": \"w-1\"}' | pgonce enqueue words\n  \
@@ -41,7 +42,7 @@ pub(super) struct Enqueue {
     /// The file; standard input where none is given, or "-".
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Name of this input: a line without "`message_id`" gets the id NAME:LINE, so that the same input enqueues no line
+    /// Name of this input: a line without "message_id" gets the id NAME:LINE, so that the same input enqueues no line
     /// twice, however often it is run. Without it such a line gets a fresh id each time.
     #[arg(long, value_name = "NAME")]
     source: Option<String>,
@@ -112,11 +113,13 @@ impl Enqueue {
 impl Done {
     /// For whoever has to go on after a failure.
     fn tell(&self) {
-        tracing::warn!("until then: {}", self.so_far());
+        if self.enqueued + self.duplicates > 0 {
+            tracing::warn!("until then: {}", self.so_far());
+        }
     }
 
     fn so_far(&self) -> String {
-        format!("enqueued {} messages, refused {} duplicates", self.enqueued, self.duplicates)
+        format!("enqueued {}, refused {}", count(self.enqueued, "message"), count(self.duplicates, "duplicate"))
     }
 }
 
@@ -153,18 +156,20 @@ async fn send(installed: &mut Installed, producer: &Producer, chunk: &Chunk) -> 
 /// What lines are read from.
 struct Input {
     lines: Box<dyn BufRead + Send>,
+    /// Where they come from, for an error.
+    origin: String,
     source: Option<String>,
 }
 
 impl Input {
     fn open(file: Option<&Path>, source: Option<String>) -> anyhow::Result<Self> {
-        let lines: Box<dyn BufRead + Send> = match file.filter(|file| *file != Path::new("-")) {
-            Some(path) => {
-                Box::new(BufReader::new(File::open(path).with_context(|| format!("cannot read {}", path.display()))?))
-            }
+        let file = file.filter(|file| *file != Path::new("-"));
+        let origin = file.map_or_else(|| "standard input".to_owned(), |path| path.display().to_string());
+        let lines: Box<dyn BufRead + Send> = match file {
+            Some(path) => Box::new(BufReader::new(File::open(path).with_context(|| format!("cannot read {origin}"))?)),
             None => Box::new(BufReader::new(std::io::stdin())),
         };
-        Ok(Self { lines, source })
+        Ok(Self { lines, origin, source })
     }
 
     /// Reads all lines and gives them away in chunks; those before a bad line, too.
@@ -172,10 +177,17 @@ impl Input {
         let mut chunk = Chunk::default();
         let mut outcome = Ok(());
         for number in 1.. {
-            match self.next(number) {
-                Ok(None) => break,
-                Ok(Some((message, bytes))) => {
-                    chunk.bytes += bytes;
+            let line = match self.line() {
+                Ok(line) if line.is_empty() => break,
+                Ok(line) => line,
+                Err(error) => {
+                    outcome = Err(error).with_context(|| format!("cannot read {}", self.origin));
+                    break;
+                }
+            };
+            match self.message(&line, number) {
+                Ok(message) => {
+                    chunk.bytes += line.len();
                     chunk.lines.extend(message.as_ref().map(|_| number));
                     chunk.messages.extend(message);
                 }
@@ -196,18 +208,21 @@ impl Input {
         outcome
     }
 
-    /// The next line: nothing at the end, no message where it is blank.
-    fn next(&mut self, number: u64) -> anyhow::Result<Option<(Option<Message>, usize)>> {
+    /// The next line with its end, or so much of it that it is seen to be too long; empty when all are read.
+    fn line(&mut self) -> std::io::Result<Vec<u8>> {
         let mut line = Vec::new();
-        let read = self.lines.by_ref().take(LINE_BYTES_MAX + 1).read_until(b'\n', &mut line)?;
-        if read == 0 {
-            return Ok(None);
-        } else if read as u64 > LINE_BYTES_MAX {
+        self.lines.by_ref().take(LINE_BYTES_MAX + 1).read_until(b'\n', &mut line)?;
+        Ok(line)
+    }
+
+    /// The message of a line; none where it is blank.
+    fn message(&self, line: &[u8], number: u64) -> anyhow::Result<Option<Message>> {
+        if line.len() as u64 > LINE_BYTES_MAX {
             return Err(anyhow!("it is longer than {LINE_BYTES_MAX} bytes"));
         }
-        let text = std::str::from_utf8(&line).context("it is not UTF-8")?.trim();
+        let text = std::str::from_utf8(line).context("it is not UTF-8")?.trim();
         if text.is_empty() {
-            return Ok(Some((None, read)));
+            return Ok(None);
         }
         let line: Line = serde_json::from_str(text)?;
         let mut message = Message::raw(line.payload.get())?;
@@ -223,6 +238,6 @@ impl Input {
         if let Some(at) = line.deliver_at {
             message = message.deliver_at(time(&at)?);
         }
-        Ok(Some((Some(message), read)))
+        Ok(Some(message))
     }
 }

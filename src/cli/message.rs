@@ -24,6 +24,9 @@ pub(super) struct Message {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Show where a message is, and what each consumer has made of it.
+    ///
+    /// Reads the tables of pgonce, so it is for their owner, or for whom the owner lets read them.
+    #[command(after_help = "Example:\n  pgonce message show order-17-placed --topic orders --payload")]
     Show {
         /// Its id.
         id: String,
@@ -159,6 +162,9 @@ impl Shown {
         facts.extend(self.payload.as_ref().map(|payload| ("payload", payload.get().to_owned())));
         for (name, value) in facts {
             say!("{name:<10} {value}")?;
+        }
+        if self.consumers.is_empty() {
+            return say!("\nno consumer reads this topic\n");
         }
         let rows = self.consumers.iter().map(|made| {
             let ahead = made.ahead.map_or_else(String::new, |ahead| ahead.to_string());

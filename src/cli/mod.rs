@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::Error;
+use crate::{Error, ErrorKind};
 
 /// Exactly-once effects over PostgreSQL: outbox, relay, queue and consumers.
 #[derive(Debug, Parser)]
@@ -160,11 +160,25 @@ fn report(error: &anyhow::Error) {
     for cause in error.chain().skip(1).take(own) {
         text.push(format!("  caused by: {cause}"));
     }
-    if let Some(hint) = error.chain().find_map(|cause| cause.downcast_ref::<Error>()?.hint()) {
+    if let Some(hint) = error.chain().find_map(|cause| hint(cause.downcast_ref()?)) {
         text.push(format!("  hint: {hint}"));
     }
     // Where it cannot be written there is nobody to tell; the exit code says that it failed.
     let _ = writeln!(std::io::stderr(), "{}", text.join("\n"));
+}
+
+/// What to do, by the commands of the program where the server's hint names functions.
+fn hint(error: &Error) -> Option<&str> {
+    match error.kind() {
+        ErrorKind::UnknownTopic => {
+            Some("See what there is: pgonce topic list. One is created by: pgonce topic create.")
+        }
+        ErrorKind::UnknownConsumer => {
+            Some("See what there is: pgonce consumer list. One is created by: pgonce consumer create.")
+        }
+        ErrorKind::InUse => Some("These consumers have to be deleted first: pgonce consumer delete."),
+        _ => error.hint(),
+    }
 }
 
 #[cfg(test)]

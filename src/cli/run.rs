@@ -5,19 +5,18 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use tokio_postgres::types::Type;
 
-use super::config::{Config, ConsumerEntry, GRACEFUL_STOP_SECONDS_MAX, Topic};
+use super::config::{Config, ConsumerEntry, GRACEFUL_STOP_SECONDS_MAX};
 use super::connection::Connection;
 use super::text::say;
-use super::{Outcome, Usage};
+use super::{Outcome, Usage, consumer, topic};
 use crate::embedded::{Options, PrivateServer};
-use crate::{
-    Database, Schema, Session, Shutdown, TopicSettings, Worker, check_version, create_consumer, create_topic, migrate,
-};
+use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, migrate};
 
 /// How long batches may take to finish after the first signal, where nothing else is said.
 const GRACEFUL_STOP_SECONDS: u64 = 30;
+/// What a file lacks that names nothing to run.
+const SECTIONS: &[&str] = &["no [[topic]]", "no [[consumer]]"];
 
 /// Run relays and consumers until a signal comes.
 ///
@@ -43,6 +42,8 @@ pub(super) struct Run {
 }
 
 /// Relay topics until a signal comes, for hosts that do nothing else.
+///
+/// A topic that does not exist is created, if the role may do that, and the log says so.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  pgonce relay orders payments\n  pgonce relay --config config/pgonce.toml")]
 pub(super) struct RelayOnly {
@@ -54,6 +55,8 @@ pub(super) struct RelayOnly {
 }
 
 /// Run consumers until a signal comes, for hosts that do nothing else.
+///
+/// A consumer that does not exist is created, if the role may do that, and the log says so. Its topic has to exist.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  pgonce consume --config config/pgonce.toml ledger")]
 pub(super) struct Consume {
@@ -92,7 +95,7 @@ impl Run {
             config.add_word_count(name, topic);
         }
         if !self.embedded {
-            return self.daemon.run(&config, &shutdown).await;
+            return self.daemon.run(&config, &shutdown, SECTIONS).await;
         }
         let schema = self.daemon.schema(&config)?;
         // The start may be dropped: the server's guardian removes what is there when this process has ended.
@@ -103,7 +106,7 @@ impl Run {
         let mut daemon = self.daemon;
         daemon.connection =
             Connection { database_url: Some(server.url("pgonce")), database_url_file: None, schema: Some(schema) };
-        let outcome = daemon.run(&config, &shutdown).await;
+        let outcome = daemon.run(&config, &shutdown, SECTIONS).await;
         tokio::task::spawn_blocking(move || server.stop()).await??;
         outcome
     }
@@ -118,7 +121,7 @@ impl RelayOnly {
             config.topics.retain(|topic| self.topics.contains(&topic.name));
             self.topics.iter().for_each(|topic| config.add_topic(topic));
         }
-        self.daemon.run(&config, &shutdown).await
+        self.daemon.run(&config, &shutdown, &SECTIONS[..1]).await
     }
 }
 
@@ -137,7 +140,7 @@ impl Consume {
         for (name, topic) in &self.word_count {
             config.add_word_count(name, topic);
         }
-        self.daemon.run(&config, &shutdown).await
+        self.daemon.run(&config, &shutdown, &SECTIONS[1..]).await
     }
 }
 
@@ -170,14 +173,16 @@ impl Daemon {
         Shutdown::on_signals(Duration::from_secs(seconds)).context("cannot listen for signals")
     }
 
-    async fn run(&self, config: &Config, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
+    /// Runs what the file and the command line name. The sections are those of the file that count.
+    async fn run(&self, config: &Config, shutdown: &Shutdown, sections: &[&str]) -> anyhow::Result<Outcome> {
         if config.topics.is_empty() && config.consumers.is_empty() {
-            return Err(Usage(
-                "nothing to run: give --config FILE, or name topics or consumers (see --help)".to_owned(),
-            )
+            return Err(Usage(match &self.config {
+                Some(file) => format!("nothing to run: {} has {}", file.display(), sections.join(" and ")),
+                None => "nothing to run: give --config FILE, or name topics or consumers (see --help)".to_owned(),
+            })
             .into());
         }
-        config.check().map_err(|error| Usage(error.to_string()))?;
+        config.check().map_err(|error| Usage(format!("{error:#}")))?;
         serve(self.connection(config)?.open(1)?, config, shutdown).await
     }
 }
@@ -235,39 +240,19 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
         );
     }
     for topic in &config.topics {
-        if !topic_is_there(&session, schema, topic).await? {
-            let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
-            create_topic(&*session, schema, &topic.name, settings).await?;
+        let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
+        if topic::create(&session, schema, &topic.name, settings).await? {
+            tracing::info!("created topic {}", topic.name);
         }
     }
-    for consumer in &config.consumers {
-        if !consumer_is_there(&session, schema, consumer).await? {
-            create_consumer(&*session, schema, &consumer.name, Some(&consumer.topic), consumer.start_at.into()).await?;
+    for ConsumerEntry { name, topic, start_at, .. } in &config.consumers {
+        if consumer::create(&session, schema, name, Some(topic), *start_at).await? {
+            tracing::info!("created consumer {name}");
         }
     }
     // Not given back: the stages have pools of their own, and nobody would use the connection again.
     drop(session);
     Ok(())
-}
-
-async fn topic_is_there(session: &Session, schema: &Schema, topic: &Topic) -> Result<bool, crate::Error> {
-    let row = session
-        .query_typed_one(
-            &schema.sql(include_str!("../../sql/statements/topic_is_there.sql")),
-            &[(&topic.name, Type::TEXT), (&topic.partitions, Type::INT4), (&topic.payload_bytes_max, Type::INT4)],
-        )
-        .await?;
-    Ok(row.try_get("is_there")?)
-}
-
-async fn consumer_is_there(session: &Session, schema: &Schema, consumer: &ConsumerEntry) -> Result<bool, crate::Error> {
-    let row = session
-        .query_typed_one(
-            &schema.sql(include_str!("../../sql/statements/consumer_is_there.sql")),
-            &[(&consumer.name, Type::TEXT), (&consumer.topic, Type::TEXT)],
-        )
-        .await?;
-    Ok(row.try_get("is_there")?)
 }
 
 fn parse_pair(text: &str) -> Result<(String, String), String> {

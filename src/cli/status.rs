@@ -10,7 +10,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::connection::{Connection, Installed};
-use super::text::{print_json, say, seconds, state, table};
+use super::text::{count, print_json, say, seconds, state, table};
 use super::{Outcome, Usage};
 use crate::{Error, Shutdown};
 
@@ -128,12 +128,15 @@ async fn check(installed: &Installed, max_lag: Duration, json: bool) -> anyhow::
     for row in installed.rows(include_str!("../../sql/statements/late_topics.sql"), &parameters).await? {
         let (topic, pending): (&str, i64) = (row.try_get("topic")?, row.try_get("pending")?);
         let waits = seconds(row.try_get("seconds")?);
-        late.push(format!("topic {topic}: {pending} messages wait for the relay, the oldest for {waits}"));
+        late.push(format!(
+            "topic {topic}: {} waiting for the relay, the oldest for {waits}",
+            count(pending, "message")
+        ));
     }
     for row in installed.rows(include_str!("../../sql/statements/late_consumers.sql"), &parameters).await? {
         let (consumer, lag): (&str, i64) = (row.try_get("consumer")?, row.try_get("lag")?);
         let waits = seconds(row.try_get("seconds")?);
-        late.push(format!("consumer {consumer}: lags {lag} messages behind, the oldest waits for {waits}"));
+        late.push(format!("consumer {consumer}: lags {} behind, the oldest waits for {waits}", count(lag, "message")));
     }
     if json {
         print_json(&serde_json::json!({ "healthy": late.is_empty(), "late": late }))?;

@@ -38,6 +38,14 @@ pub(super) fn state(paused: bool) -> String {
     if paused { "paused" } else { "running" }.to_owned()
 }
 
+/// How many there are of something, whose plural has an s.
+pub(super) fn count(number: impl Into<i128>, what: &str) -> String {
+    match number.into() {
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
+    }
+}
+
 /// An age.
 pub(super) fn seconds(age: f64) -> String {
     format!("{age:.1} s")

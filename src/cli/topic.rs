@@ -4,12 +4,12 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use tokio_postgres::Row;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::Outcome;
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::text::{confirm, print_json, say, state, table};
-use crate::{Error, TopicSettings, create_topic};
+use crate::{Error, Schema, Session, TopicSettings, create_topic};
 
 /// Create, look at, pause, purge and delete topics.
 #[derive(Debug, Args)]
@@ -22,6 +22,7 @@ pub(super) struct Topic {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Create a topic, or check that it is as said.
+    #[command(after_help = "Example:\n  pgonce topic create orders --partitions 16 --payload-bytes-max 100000")]
     Create {
         /// Its name, 1 to 255 bytes.
         topic: String,
@@ -83,8 +84,11 @@ impl Topic {
             Action::Create { topic, partitions, payload_bytes_max, connection } => {
                 let installed = connection.installed().await?;
                 let settings = TopicSettings { partitions, payload_bytes_max };
-                create_topic(&*installed.session, installed.schema(), &topic, settings).await?;
-                say!("topic {topic} is there")?;
+                if create(&installed.session, installed.schema(), &topic, settings).await? {
+                    say!("created topic {topic}")?;
+                } else {
+                    say!("topic {topic} is there")?;
+                }
             }
             Action::List(Reading { json, connection }) => {
                 let topics = settings(&connection.installed().await?, None).await?;
@@ -117,6 +121,26 @@ impl Topic {
         }
         Ok(Outcome::Done)
     }
+}
+
+/// Creates a topic, or sees to it that it is as said, and answers whether it was not there. Where it is as said it only reads,
+/// so that the role of a worker suffices.
+pub(super) async fn create(
+    session: &Session,
+    schema: &Schema,
+    topic: &str,
+    settings: TopicSettings,
+) -> Result<bool, Error> {
+    let statement = schema.sql(include_str!("../../sql/statements/topic_is_there.sql"));
+    let TopicSettings { partitions, payload_bytes_max } = settings;
+    let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+        [(&topic, Type::TEXT), (&partitions, Type::INT4), (&payload_bytes_max, Type::INT4)];
+    let found = session.query_typed_opt(&statement, &parameters).await?;
+    let is_as_said = found.as_ref().map(|row| row.try_get("is_as_said")).transpose()?.unwrap_or(false);
+    if !is_as_said {
+        create_topic(&**session, schema, topic, settings).await?;
+    }
+    Ok(found.is_none())
 }
 
 async fn settings(installed: &Installed, topic: Option<&str>) -> Result<Vec<Settings>, Error> {

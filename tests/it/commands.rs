@@ -1,12 +1,14 @@
 //! The commands that look after topics, consumers and messages.
 
+use std::process::Stdio;
+
 use pgonce::{Producer, Relay};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
 use crate::probe::{create, drain, number, pid_of, until_blocked, word};
-use crate::programs::{outcome, pgonce};
+use crate::programs::{Running, outcome, pgonce};
 
 const TOPIC: &str = "words";
 const CONSUMER: &str = "counter";
@@ -62,6 +64,34 @@ async fn topics_and_consumers_are_created_shown_paused_and_deleted() {
     said(&database, &["topic", "delete", TOPIC, "--yes"]);
     assert_eq!(report(&database, &["topic", "list"]), json!([]));
     assert_eq!(report(&database, &["consumer", "list"]), json!([]));
+}
+
+#[tokio::test]
+async fn what_is_created_is_said_and_what_is_there_is_told_from_it() {
+    let database = TestDatabase::new().await;
+    for (arguments, words) in [
+        (&["relay", "ordrs"] as &[&str], "created topic ordrs"),
+        (&["consume", "--word-count", "counter=ordrs"], "created consumer counter"),
+    ] {
+        let arguments = [arguments, &["--database-url", &database.url]].concat();
+        let mut daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()));
+        daemon.until_logged(words);
+        daemon.finish();
+    }
+    for (arguments, words) in [
+        (&["topic", "create", "ordrs", "--partitions", "8"] as &[&str], "topic ordrs is there\n"),
+        (&["topic", "create", "orders"], "created topic orders\n"),
+        (&["topic", "create", "orders", "--payload-bytes-max", "100"], "topic orders is there\n"),
+        (&["consumer", "create", "counter", "--topic", "ordrs"], "consumer counter is there\n"),
+        (&["consumer", "create", "webhooks"], "created consumer webhooks\n"),
+        (&["consumer", "create", "webhooks"], "consumer webhooks is there\n"),
+    ] {
+        assert_eq!(said(&database, arguments), words, "{arguments:?}");
+    }
+    let client = database.connect().await;
+    Producer::new("orders").send(&client, &pgonce::Message::json(&1).expect("JSON").id("m")).await.expect("sent");
+    let shown = said(&database, &["message", "show", "m"]);
+    assert!(shown.contains("no consumer reads this topic") && !shown.contains("ahead"), "{shown}");
 }
 
 #[tokio::test]
@@ -202,6 +232,18 @@ fn each_command_shows_an_example() {
         count += 1;
     }
     assert!(count > 10, "{help}");
+    for command in [["topic", "create"], ["consumer", "create"], ["message", "show"]] {
+        let text = String::from_utf8(outcome(&[&command[..], &["--help"]].concat()).stdout).expect("text");
+        assert!(text.contains("Example"), "{command:?}");
+    }
+}
+
+#[test]
+fn the_help_says_what_is_created_and_quotes_keys_as_they_are_written() {
+    for (command, words) in [("relay", "is created"), ("consume", "is created"), ("enqueue", "\"message_id\"")] {
+        let text = String::from_utf8(outcome(&[command, "--help"]).stdout).expect("text");
+        assert!(text.contains(words), "{text}");
+    }
 }
 
 #[test]

@@ -93,7 +93,15 @@ fn a_bad_configuration_is_refused_with_the_place_or_the_nearest_key() {
         ("graceful_stop_seconds = 86401", &["86401", "86400"]),
         ("[[topic]]\nname = 't'\n[[topic]]\nname = 't'", &["twice"]),
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'sqll'", &["sqll", "word_count"]),
-        ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'sql'", &["statements"]),
+        ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'sql'", &["\"c\"", "kind = \"sql\" needs statements"]),
+        ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'sql'\nstatements = '-- nothing'", &["only comments"]),
+        ("[[consumer]]\nname = ''\ntopic = 't'\nkind = 'word_count'", &["1 to 255"]),
+        ("[topic]\nname = 't'", &["line 1", "write [[topic]]"]),
+        ("[[topic]]\nname = ''", &["1 to 255"]),
+        ("[[topic]]\nname = 't'\npartitions = 0", &["\"t\"", "partitions of 0", "1024"]),
+        ("[[topic]]\nname = 't'\npayload_bytes_max = 67108865", &["67108864"]),
+        ("schema = 'pg_x'", &["pg_x", "letters"]),
+        ("", &["has no [[topic]] and no [[consumer]]"]),
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nstatements = ''", &["statements"]),
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nloops = 0", &["loops", "64"]),
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nstart_at = 'now'", &["now", "latest"]),
@@ -101,7 +109,7 @@ fn a_bad_configuration_is_refused_with_the_place_or_the_nearest_key() {
         std::fs::write(&file, text).expect("written");
         let arguments =
             ["run", "--database-url", "postgresql://127.0.0.1:1/x", "--config", file.to_str().expect("text")];
-        assert_refused(&outcome(&arguments), 2, words, text);
+        assert_refused(&outcome(&arguments), 2, &[words, &["pgonce.toml"]].concat(), text);
     }
     let missing = directory.path().join("missing.toml");
     let arguments =
@@ -141,23 +149,26 @@ async fn what_is_not_there_is_named() {
     create(&client, "t", 1, "c").await;
     for (arguments, words) in [
         (&["topic", "show", "none"] as &[&str], &["\"none\"", "topic list"] as &[&str]),
-        (&["topic", "pause", "none"], &["'none'", "create_topic"]),
+        (&["topic", "pause", "none"], &["'none'", "pgonce topic create", "pgonce topic list"]),
         (&["topic", "purge", "none", "--yes"], &["'none'"]),
-        (&["topic", "delete", "t", "--yes"], &["'c'", "drop_consumer"]),
+        (&["topic", "delete", "t", "--yes"], &["'c'", "pgonce consumer delete"]),
         (&["topic", "create", "t", "--partitions", "2"], &["partitions"]),
         (&["topic", "create", "u", "--partitions", "1025"], &["1025", "1024"]),
         (&["topic", "create", ""], &["1 to 255 bytes"]),
         (&["consumer", "show", "none"], &["\"none\"", "consumer list"]),
-        (&["consumer", "resume", "none"], &["'none'"]),
+        (&["consumer", "resume", "none"], &["'none'", "pgonce consumer list"]),
         (&["consumer", "create", "d", "--topic", "none"], &["'none'"]),
         (&["consumer", "create", "c"], &["bound"]),
         (&["message", "show", "none"], &["\"none\""]),
         (&["message", "cancel", "none", "--topic", "t"], &["\"none\""]),
         (&["message", "cancel", "m", "--topic", "none"], &["'none'"]),
         (&["consume", "--word-count", "d=none"], &["'none'"]),
+        (&["enqueue", "t", "/"], &["cannot read /", "directory"]),
+        (&["enqueue", "t", "/nowhere"], &["cannot read /nowhere"]),
     ] {
         let output = outcome(&[arguments, &["--database-url", &database.url]].concat());
         assert_refused(&output, 1, words, &format!("{arguments:?}"));
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("until then"), "{arguments:?} did nothing before");
     }
 }
 
