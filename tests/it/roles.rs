@@ -194,7 +194,7 @@ async fn no_role_writes_a_table_by_hand_but_the_worker_its_word_counts() {
 }
 
 #[tokio::test]
-async fn a_reader_reads_no_payload_and_a_producer_nothing() {
+async fn a_reader_reads_no_payload_and_a_producer_nothing_but_the_version() {
     let world = World::new().await;
     let reads = pairs(
         &world.owner,
@@ -202,7 +202,7 @@ async fn a_reader_reads_no_payload_and_a_producer_nothing() {
          where c.relnamespace = 'pgonce'::regnamespace and c.relkind in ('r', 'v', 'S')",
     )
     .await;
-    for (role, relations) in world.roles().into_iter().zip([&[], WORKER_READS, READER_READS]) {
+    for (role, relations) in world.roles().into_iter().zip([&["schema_versions"], WORKER_READS, READER_READS]) {
         let client = world.connect(role).await;
         assert_eq!(permitted(&client, &reads).await, set(relations), "{role}");
     }
@@ -303,6 +303,12 @@ async fn the_programs_run_with_the_role_that_is_for_them() {
     let (reader, worker) = (world.url(&world.reader), world.url(&world.worker));
     let status = outcome(&["status", "--database-url", &reader]);
     assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
+
+    let input = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(&input, "{\"payload\": {\"word\": \"a\"}}").expect("written");
+    let path = input.path().to_str().expect("text");
+    let enqueue = outcome(&["enqueue", TOPIC, path, "--database-url", &world.url(&world.producer)]);
+    assert_eq!(String::from_utf8_lossy(&enqueue.stdout), "enqueued 1 message, refused 0 duplicates\n", "{enqueue:?}");
 
     // Where nothing is to do, an installation at each start needs no more rights than a worker has.
     let init = outcome(&["init", "--database-url", &worker]);
