@@ -246,6 +246,18 @@ fn documents_stay_short_and_their_links_lead_somewhere() {
     }
 }
 
+#[test]
+fn the_program_is_installed_with_the_dependencies_that_were_tested() {
+    let mut count = 0;
+    for document in documents() {
+        for line in text(&document).lines().filter(|line| line.contains("cargo install")) {
+            assert!(line.contains("cargo install --locked"), "{document}: {line}");
+            count += 1;
+        }
+    }
+    assert!(count > 2, "only {count} installations");
+}
+
 /// The anchor that GitHub gives a heading.
 fn anchor_of(heading: &str) -> String {
     let plain = heading.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
