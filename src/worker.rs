@@ -266,7 +266,10 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
         };
         let wait = match outcome {
             Ok(step) => {
-                failures.end(stage.name());
+                // Where a handler fails, to find nothing may mean that another loop is at what it fails at.
+                if step != Report::default() || !failures.are_of_a_handler {
+                    failures.end(stage.name());
+                }
                 done.moved += step.moved;
                 done.applied += step.applied;
                 done.failed += step.failed;
@@ -276,7 +279,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
                 }
                 let wait = pause;
                 pause = if pause < PAUSE_MAX { (pause * 2).min(PAUSE_MAX) } else { SLEEP_MAX };
-                wait
+                if failures.are_going_on() { wait.min(RETRY_MAX) } else { wait }
             }
             Err(error) => failures.add(stage.name(), error, &database).await?,
         };
@@ -350,6 +353,8 @@ async fn watch_loop(mut watch: Watch, database: Database, shutdown: Shutdown) ->
 #[derive(Default)]
 struct Failures {
     delays: Option<backon::ExponentialBackoff>,
+    /// Whether the last one was a handler's, and not one of the database.
+    are_of_a_handler: bool,
 }
 
 impl Failures {
@@ -359,6 +364,7 @@ impl Failures {
 
     /// It has worked.
     fn end(&mut self, stage: &str) {
+        self.are_of_a_handler = false;
         if self.delays.take().is_some() {
             tracing::info!(stage.name = stage, "works again");
         }
@@ -369,6 +375,7 @@ impl Failures {
         if !mends_by_itself(&error, database).await {
             return Err(error);
         }
+        self.are_of_a_handler = error.kind() == ErrorKind::Handler;
         let delays = self.delays.get_or_insert_with(|| {
             ExponentialBuilder::new()
                 .with_min_delay(RETRY_MIN)
