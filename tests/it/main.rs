@@ -7,6 +7,7 @@ mod programs;
 
 mod interleaving;
 
+mod campaign;
 mod cancellation;
 mod commands;
 mod connect;

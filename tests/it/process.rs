@@ -21,10 +21,10 @@ const CONSUMER: &str = "counter";
 const WORDS: [&str; 8] = ["once", "and", "only", "once", "whatever", "happens", "to", "\u{e9}t\u{e9}"];
 
 /// Random numbers that a seed brings back (xorshift64*).
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
