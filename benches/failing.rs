@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use pgonce::embedded::{Options, PrivateServer};
 use pgonce::{
-    Consumer, Database, Handler, HandlerError, Message, Producer, Received, Relay, Schema, StartAt, TopicSettings,
-    create_consumer, create_topic, migrate,
+    Consumer, ConsumerSettings, Database, Handler, HandlerError, Message, Producer, Received, Relay, Schema,
+    TopicSettings, create_consumer, create_topic, migrate,
 };
 use serde::Deserialize;
 use tokio_postgres::Transaction;
@@ -59,7 +59,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         create_topic(&*session, &Schema::default(), topic, settings).await?;
         for kind in ["each", "sql"] {
             let name = format!("{topic} {kind}");
-            create_consumer(&*session, &Schema::default(), &name, Some(topic), StartAt::Earliest).await?;
+            create_consumer(&*session, &Schema::default(), &name, Some(topic), ConsumerSettings::default()).await?;
         }
         let messages: Vec<Message> = (0..MESSAGES)
             .map(|nth| {

@@ -53,7 +53,7 @@ async fn prepare(client: &mut Client) -> Result<(), Box<dyn std::error::Error>> 
     let schema = Schema::default();
     migrate(client, &schema).await?;
     create_topic(client, &schema, "ours", TopicSettings { partitions: Some(1), payload_bytes_max: None }).await?;
-    pgonce::create_consumer(client, &schema, "ours", Some("ours"), pgonce::StartAt::Earliest).await?;
+    pgonce::create_consumer(client, &schema, "ours", Some("ours"), pgonce::ConsumerSettings::default()).await?;
     client.batch_execute(include_str!("bare.sql")).await?;
     client
         .batch_execute(

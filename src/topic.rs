@@ -27,6 +27,47 @@ pub enum StartAt {
     Latest,
 }
 
+/// Settings of a consumer. Where a new one begins, and what becomes of a message whose attempt failed. What is left out of
+/// the latter is what its field says for a new consumer, and stays as it is for one that exists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConsumerSettings {
+    /// Where it begins; an existing consumer stays where it is.
+    pub start_at: StartAt,
+    /// What waits while a message that failed is tried again; [`ParkKey`](FailurePolicy::ParkKey). It cannot change later.
+    pub failure_policy: Option<FailurePolicy>,
+    /// After so many failed attempts a message becomes a dead letter, 1 to 1000; 10.
+    pub attempts_max: Option<i32>,
+    /// Longest wait after the first failed attempt in milliseconds, up to a day; 500. It doubles with each further one, and
+    /// the wait is random up to it.
+    pub backoff_min_ms: Option<i32>,
+    /// Longest wait after any failed attempt in milliseconds, up to a day; 30,000.
+    pub backoff_max_ms: Option<i32>,
+}
+
+/// What waits while a message that failed is tried again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FailurePolicy {
+    /// The later messages of its key; all others flow on.
+    #[default]
+    ParkKey,
+    /// All that comes after it in its partition.
+    Block,
+    /// Nothing: later messages of its key overtake it.
+    Skip,
+}
+
+impl FailurePolicy {
+    /// Its name in SQL.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ParkKey => "park_key",
+            Self::Block => "block",
+            Self::Skip => "skip",
+        }
+    }
+}
+
 /// Creates a topic, or checks that it is as said.
 ///
 /// # Errors
@@ -48,27 +89,37 @@ pub async fn create_topic<C: GenericClient>(
     Ok(())
 }
 
-/// Creates a consumer of a topic, or checks that it is as said. Without a topic it is an inbox for [`process_once`].
+/// Creates a consumer of a topic, or makes of an existing one what is said. Without a topic it is an inbox for
+/// [`process_once`].
 ///
 /// # Errors
 ///
-/// [`UnknownTopic`](crate::ErrorKind::UnknownTopic); [`Conflict`](crate::ErrorKind::Conflict) if it is bound to another
-/// topic; errors of the database.
+/// [`UnknownTopic`](crate::ErrorKind::UnknownTopic); [`Invalid`](crate::ErrorKind::Invalid) settings;
+/// [`Conflict`](crate::ErrorKind::Conflict) if it is bound to another topic or has another failure policy; errors of the
+/// database.
 pub async fn create_consumer<C: GenericClient>(
     client: &C,
     schema: &Schema,
     consumer: &str,
     topic: Option<&str>,
-    start_at: StartAt,
+    settings: ConsumerSettings,
 ) -> Result<(), Error> {
-    let start_at = match start_at {
+    let start_at = match settings.start_at {
         StartAt::Earliest => "earliest",
         StartAt::Latest => "latest",
     };
     client
         .query_typed(
             &schema.sql(include_str!("../sql/statements/create_consumer.sql")),
-            &[(&consumer, Type::TEXT), (&topic, Type::TEXT), (&start_at, Type::TEXT)],
+            &[
+                (&consumer, Type::TEXT),
+                (&topic, Type::TEXT),
+                (&start_at, Type::TEXT),
+                (&settings.failure_policy.map(FailurePolicy::name), Type::TEXT),
+                (&settings.attempts_max, Type::INT4),
+                (&settings.backoff_min_ms, Type::INT4),
+                (&settings.backoff_max_ms, Type::INT4),
+            ],
         )
         .await?;
     Ok(())

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use serde::Deserialize;
 
 use super::Usage;
-use crate::{Consumer, Relay, Schema};
+use crate::{Consumer, ConsumerSettings, Relay, Schema};
 
 /// Most loops of a consumer: each needs a connection.
 const LOOPS_MAX: usize = 64;
@@ -23,6 +24,10 @@ const NAME_BYTES: RangeInclusive<usize> = 1..=255;
 const PARTITIONS: RangeInclusive<i32> = 1..=1024;
 /// Largest payload that a topic may be set to take, in bytes.
 const PAYLOAD_BYTES_MAX: RangeInclusive<i32> = 1..=67_108_864;
+/// Failed attempts after which a message may become a dead letter.
+pub(super) const ATTEMPTS: RangeInclusive<i64> = 1..=1_000;
+/// How long a wait, or a message, may take, in milliseconds: up to a day.
+pub(super) const WAIT_MS: RangeInclusive<i64> = 1..=86_400_000;
 /// Longest graceful stop, in seconds: a day.
 pub(super) const GRACEFUL_STOP_SECONDS_MAX: u64 = 86_400;
 /// How alike two keys are at least, of 1, where one is taken for a misspelling of the other.
@@ -69,6 +74,11 @@ pub(super) struct ConsumerEntry {
     pub(super) start_at: StartAt,
     pub(super) batch_messages: Option<i32>,
     pub(super) loops: Option<usize>,
+    pub(super) failure_policy: Option<FailurePolicy>,
+    pub(super) attempts_max: Option<i32>,
+    pub(super) backoff_min_ms: Option<i32>,
+    pub(super) backoff_max_ms: Option<i32>,
+    pub(super) message_timeout_ms: Option<i32>,
 }
 
 /// What a consumer does with its messages.
@@ -97,6 +107,29 @@ impl From<StartAt> for crate::StartAt {
         match start_at {
             StartAt::Earliest => Self::Earliest,
             StartAt::Latest => Self::Latest,
+        }
+    }
+}
+
+/// What waits while a message that failed is tried again.
+#[derive(Clone, Copy, Debug, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub(super) enum FailurePolicy {
+    /// The later messages of its key.
+    ParkKey,
+    /// All that comes after it in its partition.
+    Block,
+    /// Nothing: later messages of its key overtake it.
+    Skip,
+}
+
+impl From<FailurePolicy> for crate::FailurePolicy {
+    fn from(policy: FailurePolicy) -> Self {
+        match policy {
+            FailurePolicy::ParkKey => Self::ParkKey,
+            FailurePolicy::Block => Self::Block,
+            FailurePolicy::Skip => Self::Skip,
         }
     }
 }
@@ -140,6 +173,7 @@ impl Config {
             if !names.insert(&consumer.name) {
                 bail!("consumer {:?} stands there twice", consumer.name);
             }
+            consumer.check_failures()?;
         }
         Ok(())
     }
@@ -161,6 +195,11 @@ impl Config {
             start_at: StartAt::default(),
             batch_messages: None,
             loops: None,
+            failure_policy: None,
+            attempts_max: None,
+            backoff_min_ms: None,
+            backoff_max_ms: None,
+            message_timeout_ms: None,
         });
     }
 }
@@ -205,10 +244,45 @@ impl ConsumerEntry {
             Kind::WordCount => Consumer::word_count(&self.name),
             Kind::Sql => Consumer::sql(&self.name, self.statements.as_deref().unwrap_or_default()),
         };
-        match self.batch_messages {
+        let stage = match self.batch_messages {
             Some(messages) => stage.batch_messages(messages),
             None => stage,
+        };
+        match self.message_timeout_ms.and_then(|longest| u64::try_from(longest).ok()) {
+            Some(longest) => stage.message_timeout(Duration::from_millis(longest)),
+            None => stage,
         }
+    }
+
+    /// How it is created, and what an existing one is to be.
+    pub(super) fn settings(&self) -> ConsumerSettings {
+        ConsumerSettings {
+            start_at: self.start_at.into(),
+            failure_policy: self.failure_policy.map(Into::into),
+            attempts_max: self.attempts_max,
+            backoff_min_ms: self.backoff_min_ms,
+            backoff_max_ms: self.backoff_max_ms,
+        }
+    }
+
+    fn check_failures(&self) -> anyhow::Result<()> {
+        for (key, value, bounds) in [
+            ("attempts_max", self.attempts_max, ATTEMPTS),
+            ("backoff_min_ms", self.backoff_min_ms, WAIT_MS),
+            ("backoff_max_ms", self.backoff_max_ms, WAIT_MS),
+            ("message_timeout_ms", self.message_timeout_ms, WAIT_MS),
+        ] {
+            if let Some(value) = value.filter(|value| !bounds.contains(&i64::from(*value))) {
+                let (least, most) = bounds.into_inner();
+                bail!("consumer {:?}: {key} of {value}: {least} to {most} are possible", self.name);
+            }
+        }
+        if let (Some(least), Some(most)) = (self.backoff_min_ms, self.backoff_max_ms)
+            && least > most
+        {
+            bail!("consumer {:?}: backoff_min_ms of {least} is above backoff_max_ms of {most}", self.name);
+        }
+        Ok(())
     }
 
     /// How many of it run at the same time.
@@ -378,6 +452,23 @@ mod tests {
         }
         for sql in ["select 1", "-- a\nselect 1", "/* a */ select 1 /* b */", "- 1", "ä"] {
             assert!(!is_comment(sql), "{sql}");
+        }
+    }
+
+    #[test]
+    fn settings_of_failures_are_bounded() {
+        for (setting, reason) in [
+            ("attempts_max = 0", "attempts_max of 0: 1 to 1000"),
+            ("attempts_max = 1001", "attempts_max of 1001: 1 to 1000"),
+            ("backoff_min_ms = 0", "backoff_min_ms of 0: 1 to 86400000"),
+            ("backoff_max_ms = 86400001", "backoff_max_ms of 86400001: 1 to 86400000"),
+            ("message_timeout_ms = 0", "message_timeout_ms of 0: 1 to 86400000"),
+            ("backoff_min_ms = 2\nbackoff_max_ms = 1", "backoff_min_ms of 2 is above backoff_max_ms of 1"),
+        ] {
+            let text = format!("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'word_count'\n{setting}");
+            let config: Config = toml::from_str(&text).expect("it can be read");
+            let error = config.check().expect_err("refused").to_string();
+            assert!(error.contains(reason), "{error}");
         }
     }
 }

@@ -1,17 +1,17 @@
 //! `pgonce consumer`: who reads a topic, and how far.
 
 use anyhow::bail;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, value_parser};
 use serde::Serialize;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use super::Outcome;
-use super::config::StartAt;
+use super::config::{ATTEMPTS, FailurePolicy, StartAt, WAIT_MS};
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{Error, Schema, Session, create_consumer};
+use crate::{ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -23,7 +23,7 @@ pub(super) struct Consumer {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Create a consumer, or check that it is as said.
+    /// Create a consumer, or make of an existing one what is said.
     #[command(after_help = "Examples:\n  pgonce consumer create billing --topic orders --start-at latest\n  \
         pgonce consumer create webhooks")]
     Create {
@@ -35,6 +35,8 @@ enum Action {
         /// Where a new consumer begins.
         #[arg(long, value_enum, default_value = "earliest", requires = "topic")]
         start_at: StartAt,
+        #[command(flatten)]
+        failures: Failures,
         #[command(flatten)]
         connection: Connection,
     },
@@ -53,6 +55,23 @@ enum Action {
     Resume(Named),
     /// Delete a consumer with its offsets and its record of what it has processed. Effects in your tables stay.
     Delete(Destroyed),
+}
+
+/// What becomes of a message whose attempt failed.
+#[derive(Debug, Args)]
+struct Failures {
+    /// What waits while a message that failed is tried again; it cannot change later [default: `park_key`].
+    #[arg(long, value_enum, requires = "topic")]
+    failure_policy: Option<FailurePolicy>,
+    /// After so many failed attempts a message becomes a dead letter, 1 to 1000 [default: 10].
+    #[arg(long, value_name = "N", requires = "topic", value_parser = value_parser!(i32).range(ATTEMPTS))]
+    attempts_max: Option<i32>,
+    /// Longest wait after the first failed attempt; it doubles with each further one [default: 500].
+    #[arg(long, value_name = "MILLISECONDS", requires = "topic", value_parser = value_parser!(i32).range(WAIT_MS))]
+    backoff_min_ms: Option<i32>,
+    /// Longest wait after any failed attempt, up to 86400000 (a day) [default: 30000].
+    #[arg(long, value_name = "MILLISECONDS", requires = "topic", value_parser = value_parser!(i32).range(WAIT_MS))]
+    backoff_max_ms: Option<i32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -74,10 +93,17 @@ struct Place {
 impl Consumer {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         match self.action {
-            Action::Create { consumer, topic, start_at, connection } => {
+            Action::Create { consumer, topic, start_at, failures, connection } => {
                 let installed = connection.installed().await?;
                 let schema = installed.schema();
-                if create(&installed.session, schema, &consumer, topic.as_deref(), start_at).await? {
+                let settings = ConsumerSettings {
+                    start_at: start_at.into(),
+                    failure_policy: failures.failure_policy.map(Into::into),
+                    attempts_max: failures.attempts_max,
+                    backoff_min_ms: failures.backoff_min_ms,
+                    backoff_max_ms: failures.backoff_max_ms,
+                };
+                if create(&installed.session, schema, &consumer, topic.as_deref(), settings).await? {
                     say!("created consumer {consumer}")?;
                 } else {
                     say!("consumer {consumer} is there")?;
@@ -118,13 +144,25 @@ pub(super) async fn create(
     schema: &Schema,
     consumer: &str,
     topic: Option<&str>,
-    start_at: StartAt,
+    settings: ConsumerSettings,
 ) -> Result<bool, Error> {
     let statement = schema.sql(include_str!("../../sql/statements/consumer_is_there.sql"));
-    let found = session.query_typed_opt(&statement, &[(&consumer, Type::TEXT), (&topic, Type::TEXT)]).await?;
+    let found = session
+        .query_typed_opt(
+            &statement,
+            &[
+                (&consumer, Type::TEXT),
+                (&topic, Type::TEXT),
+                (&settings.failure_policy.map(Policy::name), Type::TEXT),
+                (&settings.attempts_max, Type::INT4),
+                (&settings.backoff_min_ms, Type::INT4),
+                (&settings.backoff_max_ms, Type::INT4),
+            ],
+        )
+        .await?;
     let is_as_said = found.as_ref().map(|row| row.try_get("is_as_said")).transpose()?.flatten().unwrap_or(false);
     if !is_as_said {
-        create_consumer(&**session, schema, consumer, topic, start_at.into()).await?;
+        create_consumer(&**session, schema, consumer, topic, settings).await?;
     }
     Ok(found.is_none())
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 
-use super::config::{Config, ConsumerEntry, GRACEFUL_STOP_SECONDS_MAX};
+use super::config::{Config, GRACEFUL_STOP_SECONDS_MAX};
 use super::connection::Connection;
 use super::text::say;
 use super::{Outcome, Usage, consumer, topic};
@@ -21,7 +21,7 @@ const SECTIONS: &[&str] = &["no [[topic]]", "no [[consumer]]"];
 /// Run relays and consumers until a signal comes.
 ///
 /// The stages come from a file, from the command line, or from both. Topics and consumers that do not exist are created,
-/// if the role may do that. SIGTERM or Ctrl-C finishes the batches at hand; a second signal, or 30 seconds, drops them,
+/// and settings that differ are changed, if the role may do that. SIGTERM or Ctrl-C finishes the batches at hand; a second signal, or 30 seconds, drops them,
 /// and they come again at the next start.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -220,8 +220,8 @@ async fn serve(database: Database, config: &Config, shutdown: &Shutdown) -> anyh
     Ok(Outcome::Done)
 }
 
-/// Checks the schema and the connections, and creates what the configuration declares. Where all of that is there it only
-/// reads, so that the role of a worker suffices.
+/// Checks the schema and the connections, and creates what the configuration declares, or changes it where it says something
+/// else. Where all of that is there it only reads, so that the role of a worker suffices.
 async fn prepare(database: &Database, config: &Config, connections: usize) -> anyhow::Result<()> {
     let session = database.session().await?;
     let schema = database.schema();
@@ -245,9 +245,9 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
             tracing::info!("created topic {}", topic.name);
         }
     }
-    for ConsumerEntry { name, topic, start_at, .. } in &config.consumers {
-        if consumer::create(&session, schema, name, Some(topic), *start_at).await? {
-            tracing::info!("created consumer {name}");
+    for consumer in &config.consumers {
+        if consumer::create(&session, schema, &consumer.name, Some(&consumer.topic), consumer.settings()).await? {
+            tracing::info!("created consumer {}", consumer.name);
         }
     }
     // Not given back: the stages have pools of their own, and nobody would use the connection again.

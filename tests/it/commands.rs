@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
-use crate::probe::{create, drain, number, pid_of, until_blocked, word};
+use crate::probe::{create, drain, number, pid_of, texts, until_blocked, word};
 use crate::programs::{Running, outcome, pgonce};
 
 const TOPIC: &str = "words";
@@ -40,7 +40,11 @@ async fn two_messages() -> (TestDatabase, Client) {
 async fn topics_and_consumers_are_created_shown_paused_and_deleted() {
     let database = TestDatabase::new().await;
     said(&database, &["topic", "create", TOPIC, "--partitions", "3"]);
-    said(&database, &["consumer", "create", CONSUMER, "--topic", TOPIC]);
+    let policy = ["--failure-policy", "skip", "--attempts-max", "2", "--backoff-min-ms", "3", "--backoff-max-ms", "4"];
+    said(&database, &[&["consumer", "create", CONSUMER, "--topic", TOPIC], &policy[..]].concat());
+    let settings =
+        "select concat_ws(' ', failure_policy, attempts_max, backoff_min_ms, backoff_max_ms) from pgonce.consumers";
+    assert_eq!(texts(&database.connect().await, settings).await, ["skip 2 3 4"]);
     said(&database, &["topic", "create", TOPIC, "--payload-bytes-max", "100"]);
     let topic = json!({
         "topic": TOPIC, "partitions": 3, "payload_bytes_max": 100, "paused": false, "consumers": [CONSUMER]

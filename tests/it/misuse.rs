@@ -58,6 +58,10 @@ fn wrong_usage_is_exit_code_2() {
         (&["topic", "purge", "t"], &["--yes"]),
         (&["consumer", "create", "c", "--topic", "t", "--start-at", "never"], &["never", "earliest"]),
         (&["consumer", "create", "c", "--start-at", "latest"], &["--topic"]),
+        (&["consumer", "create", "c", "--topic", "t", "--failure-policy", "drop"], &["drop", "park_key"]),
+        (&["consumer", "create", "c", "--failure-policy", "skip"], &["--topic"]),
+        (&["consumer", "create", "c", "--topic", "t", "--attempts-max", "0"], &["--attempts-max", "1..=1000"]),
+        (&["consumer", "create", "c", "--topic", "t", "--backoff-max-ms", "86400001"], &["86400001"]),
         (&["consumer", "delete", "c"], &["--yes"]),
         (&["message", "show"], &["<ID>"]),
         (&["message", "cancel", "m"], &["--topic"]),
@@ -105,6 +109,8 @@ fn a_bad_configuration_is_refused_with_the_place_or_the_nearest_key() {
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nstatements = ''", &["statements"]),
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nloops = 0", &["loops", "64"]),
         ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nstart_at = 'now'", &["now", "latest"]),
+        ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nfailure_policy = 'drop'", &["drop", "park_key"]),
+        ("[[consumer]]\nname = 'c'\ntopic = 't'\nkind = 'word_count'\nattempts_max = 1001", &["attempts_max", "1000"]),
     ] {
         std::fs::write(&file, text).expect("written");
         let arguments =
@@ -159,6 +165,11 @@ async fn what_is_not_there_is_named() {
         (&["consumer", "resume", "none"], &["'none'", "pgonce consumer list"]),
         (&["consumer", "create", "d", "--topic", "none"], &["'none'"]),
         (&["consumer", "create", "c"], &["bound"]),
+        (&["consumer", "create", "c", "--topic", "t", "--failure-policy", "skip"], &["policy", "park_key"]),
+        (
+            &["consumer", "create", "c", "--topic", "t", "--backoff-min-ms", "2", "--backoff-max-ms", "1"],
+            &["backoff_min_ms"],
+        ),
         (&["message", "show", "none"], &["\"none\""]),
         (&["message", "cancel", "none", "--topic", "t"], &["\"none\""]),
         (&["message", "cancel", "m", "--topic", "none"], &["'none'"]),

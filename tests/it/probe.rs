@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use pgonce::{
-    Consumer, Database, Error, Message, Relay, Schema, StartAt, TopicSettings, create_consumer, create_topic,
+    Consumer, ConsumerSettings, Database, Error, Message, Relay, Schema, TopicSettings, create_consumer, create_topic,
 };
 use tokio_postgres::Client;
 
@@ -49,7 +49,7 @@ pub(crate) async fn create(client: &Client, topic: &str, partitions: i32, consum
     let schema = Schema::default();
     let settings = TopicSettings { partitions: Some(partitions), ..TopicSettings::default() };
     create_topic(client, &schema, topic, settings).await.expect("a new topic");
-    create_consumer(client, &schema, consumer, Some(topic), StartAt::Earliest).await.expect("a new consumer");
+    create_consumer(client, &schema, consumer, Some(topic), ConsumerSettings::default()).await.expect("a new consumer");
 }
 
 /// A message for the word count.

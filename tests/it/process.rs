@@ -13,7 +13,7 @@ use serde_json::Value;
 use tokio_postgres::{Client, NoTls};
 
 use crate::fixture::TestDatabase;
-use crate::probe::{create, drain, eventually, number, word, word_counts};
+use crate::probe::{create, drain, eventually, number, texts, word, word_counts};
 use crate::programs::{Running, outcome, pgonce};
 
 const TOPIC: &str = "words";
@@ -217,6 +217,44 @@ async fn the_demo_counts_files_in_a_database_of_the_users_and_cleans_up() {
     assert_eq!(report["documents"], 1);
     let client = database.connect().await;
     assert_eq!(number(&client, "select count(*) from pg_namespace where nspname like 'pgonce%'").await, 0);
+}
+
+#[tokio::test]
+async fn a_changed_configuration_changes_consumers_that_are_there() {
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("pgonce.toml");
+    let start = |settings: &str| {
+        let text = format!(
+            "[[topic]]\nname = 'words'\n[[consumer]]\nname = 'counter'\ntopic = 'words'\nkind = 'sql'\n\
+             statements = 'select pg_sleep(60) from received'\n{settings}"
+        );
+        std::fs::write(&file, text).expect("written");
+        let arguments = ["run", "--database-url", &database.url, "--config", file.to_str().expect("text")];
+        let mut daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()));
+        daemon.until_logged("running");
+        daemon
+    };
+    let settings =
+        "select concat_ws(' ', failure_policy, attempts_max, backoff_min_ms, backoff_max_ms) from pgonce.consumers";
+    start("failure_policy = 'skip'\nattempts_max = 7\nbackoff_min_ms = 2\nbackoff_max_ms = 3").finish();
+    assert_eq!(texts(&client, settings).await, ["skip 7 2 3"]);
+    start("").finish();
+    assert_eq!(texts(&client, settings).await, ["skip 7 2 3"]);
+    let daemon = start("attempts_max = 1\nmessage_timeout_ms = 100");
+    assert_eq!(texts(&client, settings).await, ["skip 1 2 3"]);
+    Producer::new(TOPIC).send(&client, &word("a")).await.expect("sent");
+    eventually("the message took too long", async || {
+        (number(&client, "select count(*) from pgonce.dead_letters").await == 1).then_some(())
+    })
+    .await;
+    daemon.finish();
+    // One at a time, so that each is seen to be compared.
+    for (setting, expected) in [("backoff_min_ms = 3", "skip 1 3 3"), ("backoff_max_ms = 9", "skip 1 3 9")] {
+        start(setting).finish();
+        assert_eq!(texts(&client, settings).await, [expected]);
+    }
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! The schema: installed once however many try, under any name, and described whole.
 
 use pgonce::{
-    Consumer, Database, ErrorKind, Migration, Producer, Relay, SCHEMA_VERSION, Schema, StartAt, TopicSettings,
+    Consumer, ConsumerSettings, Database, ErrorKind, Migration, Producer, Relay, SCHEMA_VERSION, Schema, TopicSettings,
     check_version, create_consumer, create_topic, migrate,
 };
 use tokio::task::JoinSet;
@@ -61,7 +61,9 @@ async fn schemas_of_any_name_work_side_by_side() {
     for name in names {
         let schema = Schema::new(name).expect("a good name");
         create_topic(&client, &schema, "words", TopicSettings::default()).await.expect("created");
-        create_consumer(&client, &schema, "counter", Some("words"), StartAt::Earliest).await.expect("created");
+        create_consumer(&client, &schema, "counter", Some("words"), ConsumerSettings::default())
+            .await
+            .expect("created");
         let producer = Producer::in_schema("words", &schema);
         producer.send(&client, &word(name).id("same id")).await.expect("sent");
         producer.send_all(&client, &[word(name), word(name)]).await.expect("sent");

@@ -1,8 +1,8 @@
 //! Topics, consumers and inboxes: what they are made of stays as it was made, and no `search_path` reaches inside.
 
 use pgonce::{
-    Consumer, ErrorKind, Handler, HandlerError, Producer, Received, Relay, Schema, StartAt, TopicSettings,
-    create_consumer, create_topic, process_once,
+    Consumer, ConsumerSettings, ErrorKind, FailurePolicy, Handler, HandlerError, Producer, Received, Relay, Schema,
+    StartAt, TopicSettings, create_consumer, create_topic, process_once,
 };
 use tokio_postgres::{Client, Transaction};
 
@@ -131,8 +131,9 @@ async fn a_consumer_is_bound_to_its_topic_and_starts_where_it_was_told() {
     Producer::new("t").send(&client, &word("before")).await.expect("sent");
     let pool = database.database(2);
     Relay::topic("t").step(&pool).await.expect("relayed");
-    create_consumer(&client, &schema, "late", Some("t"), StartAt::Latest).await.expect("created");
-    create_consumer(&client, &schema, "late", Some("t"), StartAt::Earliest).await.expect("the same");
+    let latest = ConsumerSettings { start_at: StartAt::Latest, ..ConsumerSettings::default() };
+    create_consumer(&client, &schema, "late", Some("t"), latest).await.expect("created");
+    create_consumer(&client, &schema, "late", Some("t"), ConsumerSettings::default()).await.expect("the same");
     Producer::new("t").send(&client, &word("after")).await.expect("sent");
     Relay::topic("t").step(&pool).await.expect("relayed");
     for (consumer, words) in [("early", vec!["after", "before"]), ("late", vec!["after"])] {
@@ -140,10 +141,39 @@ async fn a_consumer_is_bound_to_its_topic_and_starts_where_it_was_told() {
         assert_eq!(word_counts(&client, consumer).await.into_keys().collect::<Vec<_>>(), words);
     }
     for topic in [Some("u"), None] {
-        let error = create_consumer(&client, &schema, "late", topic, StartAt::Earliest).await.expect_err("refused");
+        let error =
+            create_consumer(&client, &schema, "late", topic, ConsumerSettings::default()).await.expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::Conflict);
     }
     assert_eq!(sqlstate(&client, "select * from pgonce.create_consumer('late', 'u')").await, "PO006");
+}
+
+#[tokio::test]
+async fn of_a_consumers_settings_all_but_the_policy_can_change() {
+    let (_database, client) = client().await;
+    let schema = Schema::default();
+    create(&client, "t", 1, "c").await;
+    let settings =
+        "select concat_ws(' ', failure_policy, attempts_max, backoff_min_ms, backoff_max_ms) from pgonce.consumers";
+    assert_eq!(texts(&client, settings).await, ["park_key 10 500 30000"]);
+    let changed = ConsumerSettings {
+        failure_policy: Some(FailurePolicy::ParkKey),
+        attempts_max: Some(3),
+        backoff_min_ms: Some(40_000),
+        ..ConsumerSettings::default()
+    };
+    create_consumer(&client, &schema, "c", Some("t"), changed).await.expect("changed");
+    assert_eq!(texts(&client, settings).await, ["park_key 3 40000 40000"]);
+    create_consumer(&client, &schema, "c", Some("t"), ConsumerSettings::default()).await.expect("nothing is said");
+    assert_eq!(texts(&client, settings).await, ["park_key 3 40000 40000"]);
+    for policy in [FailurePolicy::Block, FailurePolicy::Skip] {
+        let another = ConsumerSettings { failure_policy: Some(policy), ..ConsumerSettings::default() };
+        let error = create_consumer(&client, &schema, "c", Some("t"), another).await.expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+    }
+    let too_many = ConsumerSettings { attempts_max: Some(1_001), ..ConsumerSettings::default() };
+    let error = create_consumer(&client, &schema, "c", Some("t"), too_many).await.expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::Invalid);
 }
 
 #[tokio::test]
@@ -151,7 +181,7 @@ async fn an_inbox_takes_each_id_once() {
     let (database, mut client) = client().await;
     let schema = Schema::default();
     create(&client, "t", 1, "c").await;
-    create_consumer(&client, &schema, "inbox", None, StartAt::Earliest).await.expect("created");
+    create_consumer(&client, &schema, "inbox", None, ConsumerSettings::default()).await.expect("created");
     assert!(process_once(&client, &schema, "inbox", "a").await.expect("answered"));
     assert!(!process_once(&client, &schema, "inbox", "a").await.expect("answered"));
     let transaction = client.transaction().await.expect("begun");
@@ -178,7 +208,7 @@ async fn an_inbox_waits_for_the_first_to_end() {
     for first_commits in [true, false] {
         let (database, mut first) = client().await;
         let schema = Schema::default();
-        create_consumer(&first, &schema, "inbox", None, StartAt::Earliest).await.expect("created");
+        create_consumer(&first, &schema, "inbox", None, ConsumerSettings::default()).await.expect("created");
         let (watcher, second) = (database.connect().await, database.connect().await);
         let pid = pid_of(&second).await;
         let transaction = first.transaction().await.expect("begun");

@@ -7,7 +7,9 @@ use tokio_postgres::types::Type;
 
 use super::{CONSUMER, TOPIC};
 use crate::embedded::{Options, PrivateServer};
-use crate::{Database, Error, Migration, Schema, StartAt, TopicSettings, create_consumer, create_topic, migrate};
+use crate::{
+    ConsumerSettings, Database, Error, Migration, Schema, TopicSettings, create_consumer, create_topic, migrate,
+};
 
 /// Connections of the demo itself: two producers and one that looks.
 const CONNECTIONS: usize = 3;
@@ -46,7 +48,7 @@ impl World {
         }
         session.batch_execute(&schema.sql(include_str!("../../../sql/demo/documents.sql"))).await?;
         create_topic(&*session, schema, TOPIC, TopicSettings::default()).await?;
-        create_consumer(&*session, schema, CONSUMER, Some(TOPIC), StartAt::Earliest).await?;
+        create_consumer(&*session, schema, CONSUMER, Some(TOPIC), ConsumerSettings::default()).await?;
         session.give_back();
         Ok(Self { server, url, database })
     }
