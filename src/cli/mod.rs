@@ -6,6 +6,7 @@
 mod config;
 mod connection;
 mod consumer;
+mod dead_letter;
 mod demo;
 mod enqueue;
 mod manual;
@@ -58,6 +59,7 @@ enum Command {
     Topic(topic::Topic),
     Consumer(consumer::Consumer),
     Message(message::Message),
+    DeadLetter(dead_letter::DeadLetter),
     Demo(demo::Demo),
     Completions(manual::Completions),
     Man(manual::Man),
@@ -125,6 +127,7 @@ impl Command {
             Self::Topic(command) => command.run().await,
             Self::Consumer(command) => command.run().await,
             Self::Message(command) => command.run().await,
+            Self::DeadLetter(command) => command.run().await,
             Self::Demo(command) => command.run().await,
             Self::Version(command) => command.run().await,
             Self::Completions(command) => command.run(),

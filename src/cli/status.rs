@@ -9,9 +9,9 @@ use serde::Serialize;
 use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
 
+use super::Outcome;
 use super::connection::{Connection, Installed};
-use super::text::{count, print_json, say, seconds, state, table};
-use super::{Outcome, Usage};
+use super::text::{count, parse_duration, print_json, say, seconds, state, table};
 use crate::{Error, Shutdown};
 
 /// How often the report is printed anew.
@@ -259,10 +259,4 @@ impl Holder {
             seconds: row.try_get("seconds")?,
         })
     }
-}
-
-fn parse_duration(text: &str) -> Result<Duration, Usage> {
-    let parsed: Option<jiff::SignedDuration> = text.parse().ok();
-    let duration = parsed.and_then(|duration| Duration::try_from(duration).ok());
-    duration.ok_or_else(|| Usage(format!("{text:?} is no time span: write 60s, 5m or 1h 30m")))
 }

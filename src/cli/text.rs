@@ -1,7 +1,8 @@
-//! Tables for people, JSON for programs, and questions.
+//! Tables for people, JSON for programs, questions, and time spans.
 
 use std::fmt::Arguments;
 use std::io::{IsTerminal, Write};
+use std::time::Duration;
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
@@ -49,6 +50,13 @@ pub(super) fn count(number: impl Into<i128>, what: &str) -> String {
 /// An age.
 pub(super) fn seconds(age: f64) -> String {
     format!("{age:.1} s")
+}
+
+/// A time span as people write it.
+pub(super) fn parse_duration(text: &str) -> Result<Duration, Usage> {
+    let parsed: Option<jiff::SignedDuration> = text.parse().ok();
+    let duration = parsed.and_then(|duration| Duration::try_from(duration).ok());
+    duration.ok_or_else(|| Usage(format!("{text:?} is no time span: write 60s, 5m or 1h 30m")))
 }
 
 /// Prints a report as JSON.

@@ -13,6 +13,7 @@ mod commands;
 mod connect;
 mod consume;
 mod container;
+mod dead_letter;
 mod documents;
 mod dump;
 mod enqueue;
