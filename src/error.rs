@@ -34,13 +34,13 @@ pub enum ErrorKind {
     TooLarge,
     /// The topic exists with another number of partitions (`PO005`), or the consumer with another topic (`PO006`).
     Conflict,
-    /// `receive` on an inbox, or `process_once` on a consumer of a topic (`PO007`).
+    /// The verb is for another kind of consumer: an inbox, one of a topic, or an external one (`PO007`).
     WrongConsumer,
     /// The topic still has consumers (`PO008`).
     InUse,
     /// Messages are missing from the queue (`PO009`).
     Hole,
-    /// `relay`, `fail`, `purge_topic`, a `drop_…`, a replay or a discard outside READ COMMITTED (`PO010`).
+    /// `relay`, `fail`, `purge_topic`, a `drop_…`, a replay, a discard or a verb of leases outside READ COMMITTED (`PO010`).
     Isolation,
     /// One statement runs `receive` twice (`PO011`).
     ReceivedTwice,

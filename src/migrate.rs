@@ -33,6 +33,7 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/receive.sql"),
     include_str!("../sql/routines/apply.sql"),
     include_str!("../sql/routines/member.sql"),
+    include_str!("../sql/routines/lease.sql"),
     include_str!("../sql/routines/suspicion.sql"),
     include_str!("../sql/routines/dead_letter.sql"),
     include_str!("../sql/routines/inbox.sql"),

@@ -185,17 +185,20 @@ create table pgonce.consumers (
   consumer text collate "C" not null unique check (octet_length(consumer) between 1 and 255),
   topic_id integer references pgonce.topics,
   paused boolean not null default false,
+  kind text collate "C" not null default 'transactional' check (kind in ('transactional', 'external')),
   failure_policy text collate "C" not null default 'park_key' check (failure_policy in ('park_key', 'block', 'skip')),
   attempts_max integer not null default 10 check (attempts_max between 1 and 1000),
   backoff_min_ms integer not null default 500 check (backoff_min_ms between 1 and 86400000),
   backoff_max_ms integer not null default 30000 check (backoff_max_ms between backoff_min_ms and 86400000),
-  created_at timestamptz not null default clock_timestamp()
+  created_at timestamptz not null default clock_timestamp(),
+  check (kind = 'transactional' or topic_id is not null)
 );
 comment on table pgonce.consumers is 'Named readers of a topic, and inboxes (consumers without a topic) for messages that come from elsewhere.';
 comment on column pgonce.consumers.consumer_id is 'Short name of the consumer in the other tables; never used again after a drop.';
 comment on column pgonce.consumers.consumer is 'Name, 1 to 255 bytes.';
 comment on column pgonce.consumers.topic_id is 'The topic that it reads; null for an inbox.';
 comment on column pgonce.consumers.paused is 'While true, receive returns nothing.';
+comment on column pgonce.consumers.kind is 'Where its effect is: in this database, in one transaction with the offset (transactional), or elsewhere, under a lease (external).';
 comment on column pgonce.consumers.failure_policy is 'What waits while a message that failed is tried again: it and the later ones of its key (park_key), its partition (block), or only the message itself (skip).';
 comment on column pgonce.consumers.attempts_max is 'After so many failed attempts a message becomes a dead letter.';
 comment on column pgonce.consumers.backoff_min_ms is 'Longest wait after the first failed attempt, in milliseconds; it doubles with each further one. The wait is random up to it.';
@@ -233,6 +236,31 @@ comment on column pgonce.progress.duplicates is 'Messages left out, ever, becaus
 comment on column pgonce.progress.failures is 'Attempts that failed, ever.';
 comment on column pgonce.progress.dead is 'Messages that became dead letters, ever.';
 comment on column pgonce.progress.writer is 'The transaction that wrote this generation: how receive notices that one statement runs it twice.';
+
+create table pgonce.leases (
+  epoch bigint not null default 0 check (epoch >= 0),
+  leased_until timestamptz,
+  careful_until bigint not null default 0,
+  tried_offset bigint,
+  fenced bigint not null default 0 check (fenced >= 0),
+  owner uuid,
+  consumer_id integer not null,
+  partition integer not null,
+  was_member boolean not null default false,
+  primary key (consumer_id, partition),
+  check ((owner is null) = (leased_until is null)),
+  check (tried_offset is null or owner is not null)
+) with (fillfactor = 50);
+comment on table pgonce.leases is 'Who is at which partition of an external consumer. Changed only by the holder of the offset lock; the epoch decides who may write, and time only who may try next.';
+comment on column pgonce.leases.epoch is 'Rises by one whenever somebody acquires the partition: what comes with an earlier one is refused.';
+comment on column pgonce.leases.leased_until is 'From then on others may acquire it, by the database''s clock. Until one does, the owner still has it.';
+comment on column pgonce.leases.careful_until is 'Up to this offset messages are handed out one by one: an owner before has left without a word, perhaps because of one of them.';
+comment on column pgonce.leases.tried_offset is 'The message that was handed out by itself: whoever takes over from an owner that left without a word charges it with an attempt.';
+comment on column pgonce.leases.fenced is 'Writes that were refused because somebody else had acquired the partition, ever.';
+comment on column pgonce.leases.owner is 'Who has it; null while nobody does.';
+comment on column pgonce.leases.consumer_id is 'The consumer.';
+comment on column pgonce.leases.partition is 'The partition.';
+comment on column pgonce.leases.was_member is 'Whether the owner said that it lives (beat): then the lease ends with it, too.';
 
 create table pgonce.processed_ids (
   "offset" bigint,
@@ -401,6 +429,20 @@ create type pgonce.received_message as (
 comment on type pgonce.received_message is 'What receive answers, and what the view received shows. attempt: how often it has been tried, this time included.';
 create type pgonce.failed as (outcome text, attempts integer, due_at timestamptz, withdrawn bigint[]);
 comment on type pgonce.failed is 'What fail has made of a message: parked, dead, or gone (somebody else has settled it). withdrawn: the offsets that this transaction had received, and no longer has.';
+create type pgonce.acquired as (partition integer, epoch bigint);
+comment on type pgonce.acquired is 'What acquire answers: a partition, and the epoch that every later call for it has to carry.';
+create type pgonce.peeked as (
+  partition integer, "offset" bigint, message_id text, key text, payload jsonb, headers jsonb, enqueued_at timestamptz,
+  attempt integer, was_parked boolean);
+comment on type pgonce.peeked is 'What peek answers: a message; was_parked: it failed before, or waited behind one that did, and is acknowledged by itself.';
+create type pgonce.acked as (outcome text, next_offset bigint);
+comment on type pgonce.acked is 'What ack has made of it: acked, gone (it was done before), fenced (somebody else has acquired the partition) or busy (another session is at it: again, a moment later), and the offset from which on messages are not done.';
+create type pgonce.nacked as (outcome text, attempts integer, due_at timestamptz);
+comment on type pgonce.nacked is 'What nack has made of a message: parked, dead, gone (it is settled), fenced or busy, as for ack.';
+create type pgonce.renewed as (outcome text, is_surplus boolean);
+comment on type pgonce.renewed is 'What renew answers: renewed, fenced or busy; is_surplus: others have less than their share, and the partition is to be released.';
+create type pgonce.released as (outcome text);
+comment on type pgonce.released is 'What release answers: released, fenced or busy.';
 create type pgonce.suspected as (consumer text);
 comment on type pgonce.suspected is 'What beat answers: a consumer of which a process may have died.';
 create type pgonce.suspect_range as (partition integer, messages integer, is_suspect boolean);

@@ -21,6 +21,24 @@ begin
 end $$;
 comment on function pgonce.consumer_row is 'Internal: the consumer of that name, or PO002.';
 
+create or replace function pgonce.transactional_row(consumer text)
+returns pgonce.consumers
+language plpgsql stable
+as $$
+declare
+  reader pgonce.consumers := pgonce.consumer_row(consumer);
+begin
+  if reader.topic_id is null then
+    raise exception using errcode = 'PO007', message = format('consumer %L is an inbox: it reads no topic', consumer),
+      hint = 'Use process_once for it, or create a consumer with a topic.';
+  elsif reader.kind = 'external' then
+    raise exception using errcode = 'PO007', message = format('consumer %L is external', consumer),
+      hint = 'Its effects are outside of this database: use acquire, peek, ack and nack for it.';
+  end if;
+  return reader;
+end $$;
+comment on function pgonce.transactional_row is 'Internal: the consumer of that name, which reads a topic and has its effects here, or PO002, or PO007.';
+
 create or replace function pgonce.create_consumer(
   consumer text,
   topic text default null,
@@ -28,7 +46,8 @@ create or replace function pgonce.create_consumer(
   failure_policy text default null,
   attempts_max integer default null,
   backoff_min_ms integer default null,
-  backoff_max_ms integer default null)
+  backoff_max_ms integer default null,
+  kind text default null)
 returns setof pgonce.consumers
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -46,6 +65,12 @@ begin
   elsif start_at is null or start_at not in ('earliest', 'latest') then
     raise exception using errcode = 'PO003', message = format('start_at of %L', start_at),
       hint = 'A consumer starts at ''earliest'' or at ''latest''.';
+  elsif kind not in ('transactional', 'external') then
+    raise exception using errcode = 'PO003', message = format('kind of %L', kind),
+      hint = 'It is ''transactional'' or ''external''.';
+  elsif kind = 'external' and topic is null then
+    raise exception using errcode = 'PO003', message = format('external consumer %L without a topic', consumer),
+      hint = 'Leases are for the partitions of a topic: name it.';
   elsif failure_policy not in ('park_key', 'block', 'skip') then
     raise exception using errcode = 'PO003', message = format('failure_policy of %L', failure_policy),
       hint = 'It is ''park_key'', ''block'' or ''skip''.';
@@ -71,9 +96,10 @@ begin
   end if;
 
   loop
-    insert into pgonce.consumers as c (consumer, topic_id, failure_policy, attempts_max, backoff_min_ms, backoff_max_ms)
-    values (create_consumer.consumer, reads.topic_id, coalesce(create_consumer.failure_policy, 'park_key'),
-            coalesce(create_consumer.attempts_max, 10), least(coalesce(create_consumer.backoff_min_ms, 500), create_consumer.backoff_max_ms),
+    insert into pgonce.consumers as c (consumer, topic_id, kind, failure_policy, attempts_max, backoff_min_ms, backoff_max_ms)
+    values (create_consumer.consumer, reads.topic_id, coalesce(create_consumer.kind, 'transactional'),
+            coalesce(create_consumer.failure_policy, 'park_key'), coalesce(create_consumer.attempts_max, 10),
+            least(coalesce(create_consumer.backoff_min_ms, 500), create_consumer.backoff_max_ms),
             greatest(coalesce(create_consumer.backoff_max_ms, 30000), create_consumer.backoff_min_ms))
     on conflict (consumer) do nothing
     returning c.* into existing;
@@ -90,6 +116,10 @@ begin
     select existing.consumer_id, h.partition, 0,
            case when create_consumer.start_at = 'latest' then h.next_offset else h.earliest_offset end, 0, 0
     from pgonce.partition_heads h where h.topic_id = reads.topic_id;
+    if existing.kind = 'external' then
+      insert into pgonce.leases (consumer_id, partition)
+      select existing.consumer_id, p.partition from pgonce.partitions p where p.topic_id = reads.topic_id;
+    end if;
     return next existing;
     return;
   end if;
@@ -99,6 +129,9 @@ begin
       message = format('consumer %L reads %s', consumer,
         coalesce((select format('topic %L', t.topic) from pgonce.topics t where t.topic_id = existing.topic_id), 'no topic')),
       hint = 'A consumer is bound to its topic. Give another name, or drop this one first.';
+  elsif kind <> existing.kind then
+    raise exception using errcode = 'PO006', message = format('consumer %L is %s', consumer, existing.kind),
+      hint = 'A kind cannot change. Give another name, or drop this one first.';
   elsif failure_policy <> existing.failure_policy then
     raise exception using errcode = 'PO006',
       message = format('consumer %L has the failure policy %s', consumer, existing.failure_policy),
@@ -123,7 +156,7 @@ begin
     union all
     select existing.* where not exists (select from changed);
 end $$;
-comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. Errors: PO001, PO003, PO006 (bound to another topic, or with another policy).';
+comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. With the kind external its effects are outside of this database, and it uses acquire, peek, ack and nack in the place of receive; it cannot change either. Errors: PO001, PO003, PO006 (bound to another topic, of another kind, or with another policy).';
 
 create or replace function pgonce.drop_consumer(consumer text)
 returns setof pgonce.consumers
@@ -144,6 +177,7 @@ begin
   perform from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id order by p.partition for update;
   delete from pgonce.consumer_partitions p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.progress p where p.consumer_id = dropped.consumer_id;
+  delete from pgonce.leases l where l.consumer_id = dropped.consumer_id;
   delete from pgonce.processed_ids p where p.consumer_id = dropped.consumer_id;
   delete from pgonce.suspicions s where s.consumer_id = dropped.consumer_id;
   delete from pgonce.parked p where p.consumer_id = dropped.consumer_id;
@@ -165,7 +199,7 @@ begin
   perform pgonce.consumer_row(consumer);
   return query update pgonce.consumers c set paused = true where c.consumer = pause_consumer.consumer returning c.*;
 end $$;
-comment on function pgonce.pause_consumer is 'receive returns nothing from its next call on. Errors: PO002.';
+comment on function pgonce.pause_consumer is 'receive and peek return nothing from their next call on. Errors: PO002.';
 
 create or replace function pgonce.resume_consumer(consumer text)
 returns setof pgonce.consumers

@@ -61,23 +61,14 @@ begin
 end $$;
 comment on function pgonce.backoff is 'Internal: how long a message waits after so many failed attempts.';
 
-create or replace function pgonce.fail(
-  consumer text,
-  partition integer,
-  "offset" bigint,
-  error text,
-  permanent boolean default false,
-  retry_at timestamptz default null)
+create or replace function pgonce.count_failure(
+  reader pgonce.consumers, partition integer, "offset" bigint, error text, permanent boolean, retry_at timestamptz,
+  may_be_received boolean)
 returns setof pgonce.failed
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
+language plpgsql volatile
 as $$
 #variable_conflict use_column
 declare
-  reader pgonce.consumers;
   current pgonce.progress;
   is_own boolean;
   began bigint;
@@ -85,20 +76,8 @@ declare
   withdrawn_ids text[] := '{}';
   answer pgonce.failed;
 begin
-  reader := pgonce.consumer_row(consumer);
-  if reader.topic_id is null then
-    raise exception using errcode = 'PO007', message = format('consumer %L is an inbox: it reads no topic', consumer),
-      hint = 'Roll back the transaction that called process_once; whoever sent the message sends it again.';
-  end if;
-  perform from pgonce.consumer_partitions p
-  where p.consumer_id = reader.consumer_id and p.partition = fail.partition
-  for no key update;
-  if not found then
-    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
-      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
-  end if;
   current := pgonce.newest_progress(reader.consumer_id, partition);
-  is_own := current.writer is not distinct from pg_current_xact_id_if_assigned();
+  is_own := may_be_received and current.writer is not distinct from pg_current_xact_id_if_assigned();
   if not is_own then
     -- An older snapshot would not show what became of the message before the lock was free.
     perform pgonce.require_read_committed('fail');
@@ -108,12 +87,12 @@ begin
   if is_own then
     began := coalesce((
       select p.next_offset from pgonce.progress p
-      where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p.writer <> current.writer
+      where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition and p.writer <> current.writer
       order by p.generation desc limit 1), 1);
   end if;
 
   select p.* into message from pgonce.parked p
-  where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p."offset" = fail."offset";
+  where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition and p."offset" = count_failure."offset";
   if found then
     if message.taken_by is not null and message.taken_by is distinct from pg_current_xact_id_if_assigned() then
       answer := ('gone', null, null, '{}');
@@ -128,7 +107,7 @@ begin
            q.message_id, q.key, null, q.payload, q.headers, false
     into message
     from pgonce.queue q
-    where q.topic_id = reader.topic_id and q.partition = fail.partition and q."offset" = fail."offset"
+    where q.topic_id = reader.topic_id and q.partition = count_failure.partition and q."offset" = count_failure."offset"
       and q."offset" >= began
       and not exists (
         select from pgonce.dead_letters d
@@ -153,7 +132,7 @@ begin
 
   if permanent or message.attempts >= reader.attempts_max then
     delete from pgonce.parked p
-    where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p."offset" = fail."offset";
+    where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition and p."offset" = count_failure."offset";
     insert into pgonce.dead_letters (
       "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, error, payload, headers)
     values (
@@ -187,10 +166,10 @@ begin
         failures = p.failures + 1,
         dead = p.dead + (answer.outcome = 'dead')::integer,
         next_offset = case
-          when answer.outcome = 'parked' and reader.failure_policy = 'block' then least(p.next_offset, greatest(began, fail."offset" + 1))
+          when answer.outcome = 'parked' and reader.failure_policy = 'block' then least(p.next_offset, greatest(began, count_failure."offset" + 1))
           else p.next_offset
         end
-    where p.consumer_id = reader.consumer_id and p.partition = fail.partition and p.generation = current.generation;
+    where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition and p.generation = current.generation;
     -- The view received shows what is recorded, and no longer all that stands between two offsets.
     perform set_config('pgonce_batch.has_gaps', 'true', true);
   else
@@ -202,7 +181,36 @@ begin
   answer.due_at := message.due_at;
   return next answer;
 end $$;
-comment on function pgonce.fail is 'Counts a failed attempt of a message and applies the failure policy of the consumer: the message is parked until a time that grows with each attempt (or retry_at), or, after attempts_max or if permanent, becomes a dead letter. Call it in the transaction that received the message, after a rollback of the effect to a savepoint behind receive, or in a later one. Waits for whoever is at the partition. Errors: PO002, PO003, PO007 (an inbox), PO010 (READ COMMITTED only, unless this transaction has received).';
+comment on function pgonce.count_failure is 'Internal: fail, for whoever holds the offset lock. Only a transaction that may have received the message withdraws it.';
+
+create or replace function pgonce.fail(
+  consumer text,
+  partition integer,
+  "offset" bigint,
+  error text,
+  permanent boolean default false,
+  retry_at timestamptz default null)
+returns setof pgonce.failed
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers := pgonce.transactional_row(consumer);
+begin
+  perform from pgonce.consumer_partitions p
+  where p.consumer_id = reader.consumer_id and p.partition = fail.partition
+  for no key update;
+  if not found then
+    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
+      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
+  end if;
+  return query select f.* from pgonce.count_failure(reader, partition, "offset", error, permanent, retry_at, true) f;
+end $$;
+comment on function pgonce.fail is 'Counts a failed attempt of a message and applies the failure policy of the consumer: the message is parked until a time that grows with each attempt (or retry_at), or, after attempts_max or if permanent, becomes a dead letter. Call it in the transaction that received the message, after a rollback of the effect to a savepoint behind receive, or in a later one. Waits for whoever is at the partition. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO010 (READ COMMITTED only, unless this transaction has received).';
 
 create or replace function pgonce.withdraw_behind(
   reader pgonce.consumers, message pgonce.parked, began bigint, next_offset bigint)

@@ -40,7 +40,7 @@ begin
     select c.consumer_id, o.partition, o.next_offset + 10000, 1000
     from pgonce.consumers c
     join pgonce.consumer_offsets o using (consumer_id)
-    where c.consumer = any (dead.consumers)
+    where c.consumer = any (dead.consumers) and c.kind = 'transactional'
     on conflict do nothing;
     delete from pgonce.members m where m.member_id = dead.member_id;
   end loop;

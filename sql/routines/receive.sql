@@ -315,11 +315,8 @@ declare
   held text[];
   taken bigint[];
 begin
-  reader := pgonce.consumer_row(consumer);
-  if reader.topic_id is null then
-    raise exception using errcode = 'PO007', message = format('consumer %L is an inbox: it reads no topic', consumer),
-      hint = 'Use process_once for it, or create a consumer with a topic.';
-  elsif max is null or max not between 1 and 10000 then
+  reader := pgonce.transactional_row(consumer);
+  if max is null or max not between 1 and 10000 then
     raise exception using errcode = 'PO003', message = format('max of %s messages', max),
       hint = 'receive takes 1 to 10000 messages a call.';
   elsif max_bytes is null or max_bytes < 1 then
@@ -484,7 +481,7 @@ begin atomic
     receive.consumer, receive.max, receive.partition, receive.max_bytes, receive.suspects,
     pgonce.seen_progress(receive.consumer, receive.partition)) r;
 end;
-comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; those first that failed before and are due again (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox), PO009 (a hole), PO011 (twice in one statement).';
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; those first that failed before and are due again (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO009 (a hole), PO011 (twice in one statement).';
 
 create or replace function pgonce.open_batch(
   consumer text,

@@ -120,6 +120,20 @@ where k.taken_by is null and k.due_at is not null
 order by k.parked_at;
 comment on view pgonce.blocked_keys is 'Messages that are to be tried again, the oldest first: when, how often it failed and how, and how many messages of their keys wait behind them. With the policy block their whole partition waits.';
 
+create or replace view pgonce.consumer_leases as
+select
+  c.consumer,
+  l.partition,
+  l.epoch,
+  l.owner,
+  l.leased_until,
+  l.fenced,
+  l.careful_until
+from pgonce.leases l
+join pgonce.consumers c using (consumer_id)
+order by c.consumer, l.partition;
+comment on view pgonce.consumer_leases is 'Who is at which partition of the external consumers, until when others leave it alone, and how many writes were refused because they came from an earlier owner.';
+
 create or replace view pgonce.dead_letter_list as
 select
   d.dead_letter_id,

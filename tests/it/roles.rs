@@ -20,17 +20,23 @@ const TOPIC: &str = "words";
 const CONSUMER: &str = "counter";
 const PRODUCER: &[&str] = &["cancel", "enqueue", "enqueue_many"];
 const WORKER: &[&str] = &[
+    "ack",
+    "acquire",
     "apply_statements",
     "beat",
     "clear_suspicion",
     "fail",
     "leave",
+    "nack",
     "open_batch",
     "open_messages",
+    "peek",
     "process_once",
     "receive",
     "receive_seen",
     "relay",
+    "release",
+    "renew",
     "seen_progress",
     "take_suspicion",
     "try_statements",
@@ -39,6 +45,7 @@ const WORKER: &[&str] = &[
 const WORKER_READS: &[&str] = &["consumers", "received", "schema_versions", "topics", "word_counts"];
 const READER_READS: &[&str] = &[
     "consumer_lag",
+    "consumer_leases",
     "consumer_offsets",
     "consumers",
     "horizon_holders",
@@ -65,7 +72,9 @@ impl World {
         let snippet = sql_of_the_readme().into_iter().find(|block| block.contains("create role")).expect("a snippet");
         owner.batch_execute(&snippet.replace("pgonce_", &prefix)).await.expect("the snippet runs");
         create(&owner, TOPIC, 2, CONSUMER).await;
-        owner.batch_execute("select pgonce.create_consumer('inbox')").await.expect("created");
+        let more =
+            "select pgonce.create_consumer('inbox'), pgonce.create_consumer('mail', 'words', kind => 'external')";
+        owner.batch_execute(more).await.expect("created");
         let role = |name: &str| format!("{prefix}{name}");
         Self { database, owner, producer: role("producer"), worker: role("worker"), reader: role("reader") }
     }
@@ -355,6 +364,12 @@ async fn who_sets_traps_never_gets_the_rights_of_the_owner() {
         "select * from pgonce.receive('counter')",
         "select * from pgonce.process_once('inbox', 'a')",
         "select * from pgonce.process_once('inbox', 'a')",
+        "select * from pgonce.acquire('mail', 'a9f6e2a4-6bd5-4a51-9f1e-0d5c3f5b7c11', 2, 60000)",
+        "select pgonce.peek('mail', p, 1) from (values (0), (1)) v(p)",
+        "select pgonce.nack('mail', p, 1, 1, 'not now') from (values (0), (1)) v(p)",
+        "select pgonce.ack('mail', partition, 1, \"offset\", \"offset\") from pgonce.peek('mail', 0, 1, 1)",
+        "select * from pgonce.renew('mail', 0, 1, 60000)",
+        "select * from pgonce.release('mail', 0, 1)",
     ] {
         if let Err(error) = client.batch_execute(statement).await {
             panic!("{statement}: {error:?}");
