@@ -29,6 +29,7 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/relay.sql"),
     include_str!("../sql/routines/views.sql"),
     include_str!("../sql/routines/consumer.sql"),
+    include_str!("../sql/routines/parked.sql"),
     include_str!("../sql/routines/fail.sql"),
     include_str!("../sql/routines/receive.sql"),
     include_str!("../sql/routines/apply.sql"),

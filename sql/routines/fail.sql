@@ -9,47 +9,10 @@
 --   park_key   later messages of its key are parked behind it, all others flow on;
 --   block      nothing behind it is received;
 --   skip       only the message itself waits.
--- Of a key only the first parked message is due. When it is processed or given up, the next one becomes due.
+-- Which of them is due is in parked.sql.
 --
 -- Locks: the offset lock of the partition, for which it waits. Indexes: the primary keys of parked, progress, queue and
 -- processed_ids; parked_key.
-
-create or replace function pgonce.release_next(consumer_id integer, partition integer, keys text[])
-returns void
-language plpgsql volatile
-as $$
-#variable_conflict use_column
-begin
-  update pgonce.parked p
-  set due_at = clock_timestamp()
-  from unnest(keys) k(key)
-  cross join lateral (
-    select n."offset", n.due_at from pgonce.parked n
-    where n.consumer_id = release_next.consumer_id and n.partition = release_next.partition
-      and n.key = k.key and n.taken_by is null
-    order by n."offset"
-    limit 1) first
-  where p.consumer_id = release_next.consumer_id and p.partition = release_next.partition
-    and p."offset" = first."offset" and first.due_at is null;
-end $$;
-comment on function pgonce.release_next is 'Internal: the first parked message of each of these keys is due, if it waited behind another one.';
-
-create or replace function pgonce.hold_back(consumer_id integer, partition integer, keys text[])
-returns void
-language plpgsql volatile
-as $$
-#variable_conflict use_column
-begin
-  update pgonce.parked p
-  set due_at = null
-  where p.consumer_id = hold_back.consumer_id and p.partition = hold_back.partition
-    and p.key = any (keys) and p.taken_by is null and p.due_at is not null
-    and exists (
-      select from pgonce.parked f
-      where f.consumer_id = p.consumer_id and f.partition = p.partition and f.key = p.key and f.taken_by is null
-        and f."offset" < p."offset");
-end $$;
-comment on function pgonce.hold_back is 'Internal: of each of these keys only the first parked message is due, the others wait behind it.';
 
 create or replace function pgonce.backoff(reader pgonce.consumers, attempts integer)
 returns interval
