@@ -70,7 +70,8 @@ struct Shown {
     consumers: Vec<Made>,
 }
 
-/// What a consumer has made of a message: `processed`, `waiting`, `passed` (before the consumer began, or purged), `not sent`.
+/// What a consumer has made of a message: `processed`; `parked`, to be tried again or behind one that is; `dead`, or `discarded`;
+/// `waiting`; `passed` (before the consumer began, or purged); `not sent`.
 #[derive(Debug, Serialize)]
 struct Made {
     consumer: String,

@@ -14,6 +14,9 @@ use super::connection::{Connection, Installed};
 use super::text::{count, parse_duration, print_json, say, seconds, state, table};
 use crate::{Error, Shutdown};
 
+/// Columns of the table of consumers.
+const CONSUMER_HEADS: [&str; 11] =
+    ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates", "failures", "parked", "dead", "sessions"];
 /// How often the report is printed anew.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 /// Clears a terminal and goes to its upper left corner.
@@ -45,6 +48,8 @@ pub(super) struct Status {
 struct Report {
     topics: Vec<TopicBacklog>,
     consumers: Vec<ConsumerLag>,
+    /// The oldest messages that failed and are to be tried again.
+    blocked_keys: Vec<Blocked>,
     /// What keeps dead rows alive for longer than a minute.
     horizon_holders: Vec<Holder>,
 }
@@ -71,9 +76,27 @@ pub(super) struct ConsumerLag {
     lag: i64,
     received: i64,
     duplicates: i64,
+    /// Attempts that failed, ever.
+    failures: i64,
+    /// Messages that wait to be tried again, or behind one that does.
+    parked: i64,
+    /// Dead letters that nobody has settled.
+    dead: i64,
     /// Connections that bear its name, where it is one that they can bear.
     sessions: Option<i64>,
     oldest_seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Blocked {
+    consumer: String,
+    partition: i32,
+    key: Option<String>,
+    message_id: String,
+    attempts: i32,
+    /// Messages of its key that wait behind it.
+    waiting: i64,
+    seconds: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -151,10 +174,12 @@ async fn check(installed: &Installed, max_lag: Duration, json: bool) -> anyhow::
 impl Report {
     async fn read(installed: &Installed) -> Result<Self, Error> {
         let topics = installed.rows(include_str!("../../sql/statements/status_topics.sql"), &[]).await?;
+        let blocked = installed.rows(include_str!("../../sql/statements/status_blocked.sql"), &[]).await?;
         let holders = installed.rows(include_str!("../../sql/statements/status_horizon.sql"), &[]).await?;
         Ok(Self {
             topics: topics.iter().map(TopicBacklog::from_row).collect::<Result<_, _>>()?,
             consumers: consumer_lags(installed).await?,
+            blocked_keys: blocked.iter().map(Blocked::from_row).collect::<Result<_, _>>()?,
             horizon_holders: holders.iter().map(Holder::from_row).collect::<Result<_, _>>()?,
         })
     }
@@ -179,6 +204,17 @@ impl Report {
         let unattended = self.consumers.iter().filter(|consumer| consumer.sessions == Some(0) && consumer.lag > 0);
         for consumer in unattended {
             say!("\nnobody seems to run consumer {}: no connection bears its name", consumer.consumer)?;
+        }
+        for blocked in &self.blocked_keys {
+            let key = blocked.key.as_ref().map_or_else(String::new, |key| format!(" of key {key:?}"));
+            say!(
+                "\nconsumer {} has failed {} times at message {}{key} for {}; {} wait behind it",
+                blocked.consumer,
+                blocked.attempts,
+                blocked.message_id,
+                seconds(blocked.seconds),
+                blocked.waiting
+            )?;
         }
         for holder in &self.horizon_holders {
             let name = holder.application_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("unnamed");
@@ -210,11 +246,13 @@ pub(super) fn print_consumers(consumers: &[ConsumerLag]) -> std::io::Result<()> 
             seconds(consumer.oldest_seconds),
             consumer.received.to_string(),
             consumer.duplicates.to_string(),
+            consumer.failures.to_string(),
+            consumer.parked.to_string(),
+            consumer.dead.to_string(),
             consumer.sessions.map_or_else(|| "?".to_owned(), |sessions| sessions.to_string()),
         ]
     });
-    let heads = ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates", "sessions"];
-    say!("{}", table(&heads, rows))
+    say!("{}", table(&CONSUMER_HEADS, rows))
 }
 
 impl TopicBacklog {
@@ -242,8 +280,25 @@ impl ConsumerLag {
             lag: row.try_get("lag")?,
             received: row.try_get("received")?,
             duplicates: row.try_get("duplicates")?,
+            failures: row.try_get("failures")?,
+            parked: row.try_get("parked")?,
+            dead: row.try_get("dead")?,
             sessions: row.try_get("sessions")?,
             oldest_seconds: row.try_get("oldest_seconds")?,
+        })
+    }
+}
+
+impl Blocked {
+    fn from_row(row: &Row) -> Result<Self, tokio_postgres::Error> {
+        Ok(Self {
+            consumer: row.try_get("consumer")?,
+            partition: row.try_get("partition")?,
+            key: row.try_get("key")?,
+            message_id: row.try_get("message_id")?,
+            attempts: row.try_get("attempts")?,
+            waiting: row.try_get("waiting")?,
+            seconds: row.try_get("seconds")?,
         })
     }
 }

@@ -191,6 +191,44 @@ async fn a_check_of_the_status_fails_where_a_message_waits_for_too_long() {
 }
 
 #[tokio::test]
+async fn a_message_that_failed_is_told_of_by_status_consumer_and_message() {
+    let (database, client) = two_messages().await;
+    let state = |id: &str| report(&database, &["message", "show", id])[0]["consumers"][0]["state"].clone();
+    let partition = report(&database, &["message", "show", "sent"])[0]["partition"].clone();
+    let fail = |how: &str| format!("select pgonce.fail('counter', {partition}, 1, 'it quotes a secret', {how})");
+    client.batch_execute(&fail("retry_at => 'infinity'")).await.expect("failed");
+    assert_eq!(state("sent"), "parked");
+    let status = report(&database, &["status"]);
+    let blocked = &status["blocked_keys"][0];
+    assert_eq!(
+        (&blocked["message_id"], &blocked["key"], &blocked["attempts"]),
+        (&json!("sent"), &json!("a"), &json!(1))
+    );
+    let text = said(&database, &["status"]);
+    assert!(
+        text.contains(r#"counter has failed 1 times at message sent of key "a""#) && !text.contains("secret"),
+        "{text}"
+    );
+    let counts = || {
+        let shown = report(&database, &["consumer", "show", CONSUMER]);
+        ["failures", "parked", "dead"].map(|count| shown[count].as_i64().expect("a count"))
+    };
+    assert_eq!(counts(), [1, 1, 0]);
+
+    client.batch_execute(&fail("permanent => true")).await.expect("failed");
+    assert_eq!((state("sent"), counts()), (json!("dead"), [2, 0, 1]));
+    assert_eq!(report(&database, &["status"])["blocked_keys"], json!([]));
+    said(&database, &["dead-letter", "replay", "1", "--yes"]);
+    assert_eq!((state("sent"), counts()), (json!("parked"), [2, 1, 0]));
+    client.batch_execute(&fail("permanent => true")).await.expect("failed");
+    assert_eq!(state("sent"), "dead");
+    said(&database, &["dead-letter", "discard", "2", "--yes"]);
+    assert_eq!((state("sent"), counts()), (json!("discarded"), [3, 0, 0]));
+    let text = said(&database, &["consumer", "show", CONSUMER]);
+    assert!(text.contains("failures") && text.contains("parked") && text.contains("dead"), "{text}");
+}
+
+#[tokio::test]
 async fn status_names_who_keeps_dead_rows_alive() {
     let (database, mut client) = two_messages().await;
     let holder = client.transaction().await.expect("begun");

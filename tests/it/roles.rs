@@ -43,7 +43,16 @@ const WORKER: &[&str] = &[
     "watch",
 ];
 const WORKER_READS: &[&str] = &["consumers", "received", "schema_versions", "topics", "word_counts"];
+const OPERATOR: &[&str] = &[
+    "discard_dead_letters",
+    "pause_consumer",
+    "pause_topic",
+    "replay_dead_letters",
+    "resume_consumer",
+    "resume_topic",
+];
 const READER_READS: &[&str] = &[
+    "blocked_keys",
     "consumer_lag",
     "consumer_leases",
     "consumer_offsets",
@@ -62,6 +71,7 @@ struct World {
     producer: String,
     worker: String,
     reader: String,
+    operator: String,
 }
 
 impl World {
@@ -76,11 +86,18 @@ impl World {
             "select pgonce.create_consumer('inbox'), pgonce.create_consumer('mail', 'words', kind => 'external')";
         owner.batch_execute(more).await.expect("created");
         let role = |name: &str| format!("{prefix}{name}");
-        Self { database, owner, producer: role("producer"), worker: role("worker"), reader: role("reader") }
+        Self {
+            database,
+            owner,
+            producer: role("producer"),
+            worker: role("worker"),
+            reader: role("reader"),
+            operator: role("operator"),
+        }
     }
 
-    fn roles(&self) -> [&str; 3] {
-        [&self.producer, &self.worker, &self.reader]
+    fn roles(&self) -> [&str; 4] {
+        [&self.producer, &self.worker, &self.reader, &self.operator]
     }
 
     /// The URL of the database for somebody who has only that role.
@@ -154,7 +171,7 @@ async fn each_role_may_call_its_functions_and_no_other() {
          from pg_proc p where p.pronamespace = 'pgonce'::regnamespace",
     )
     .await;
-    for (role, functions) in world.roles().into_iter().zip([PRODUCER, WORKER, &[]]) {
+    for (role, functions) in world.roles().into_iter().zip([PRODUCER, WORKER, &[], OPERATOR]) {
         let client = world.connect(role).await;
         assert_eq!(permitted(&client, &calls).await, set(functions), "{role}");
     }
@@ -179,7 +196,7 @@ async fn no_role_writes_a_table_by_hand_but_the_worker_its_word_counts() {
              where c.relnamespace = 'pgonce'::regnamespace and c.relkind = 'r'"
         );
         let writes = pairs(&world.owner, &writes).await;
-        for (role, tables) in world.roles().into_iter().zip([&[], of_worker, &[]]) {
+        for (role, tables) in world.roles().into_iter().zip([&[], of_worker, &[], &[]]) {
             let client = world.connect(role).await;
             assert_eq!(permitted(&client, &writes).await, set(tables), "{what} by {role}");
         }
@@ -211,10 +228,17 @@ async fn a_reader_reads_no_payload_and_a_producer_nothing_but_the_version() {
          where c.relnamespace = 'pgonce'::regnamespace and c.relkind in ('r', 'v', 'S')",
     )
     .await;
-    for (role, relations) in world.roles().into_iter().zip([&["schema_versions"], WORKER_READS, READER_READS]) {
+    let operator = [READER_READS, &["dead_letter_list"]].concat();
+    for (role, relations) in
+        world.roles().into_iter().zip([&["schema_versions"], WORKER_READS, READER_READS, &operator])
+    {
         let client = world.connect(role).await;
         assert_eq!(permitted(&client, &reads).await, set(relations), "{role}");
     }
+    // An error may quote a payload.
+    let errors = "select error from pgonce.blocked_keys";
+    assert!(!is_permitted(&world.connect(&world.reader).await, errors).await);
+    assert!(is_permitted(&world.connect(&world.operator).await, errors).await);
     let with_payload = "
         select c.relname::text from pg_class c join pg_attribute a on a.attrelid = c.oid
         where c.relnamespace = 'pgonce'::regnamespace and a.attname = 'payload'";
@@ -328,10 +352,43 @@ async fn the_programs_run_with_the_role_that_is_for_them() {
     let mut refused = Running::start(pgonce(&arguments).stderr(Stdio::piped()));
     assert_eq!(refused.end().code(), Some(1));
     refused.until_logged("permission denied for function create_consumer");
-    let arguments = ["run", "--database-url", &worker, "--word-count", "counter=words"];
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("pgonce.toml");
+    let consumer = "[[consumer]]\nname = 'counter'\ntopic = 'words'\nkind = 'word_count'\nattempts_max = ";
+    std::fs::write(&file, format!("{consumer} 11")).expect("written");
+    let arguments = ["run", "--database-url", &worker, "--config", file.to_str().expect("text")];
+    let mut refused = Running::start(pgonce(&arguments).stderr(Stdio::piped()));
+    assert_eq!(refused.end().code(), Some(1));
+    refused.until_logged("permission denied for function create_consumer");
+    // Where all is as the configuration says, nothing is created.
+    std::fs::write(&file, format!("{consumer} 10\nfailure_policy = 'park_key'\nbackoff_max_ms = 30000"))
+        .expect("written");
     let mut daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()));
     daemon.until_logged("running");
     daemon.finish();
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_operator_looks_at_dead_letters_and_settles_them() {
+    let world = World::new().await;
+    Producer::new(TOPIC).send(&world.owner, &word("a")).await.expect("sent");
+    Relay::all().step(&world.database.database(1)).await.expect("relayed");
+    let fail = "select pgonce.fail('counter', partition, 1, 'by hand', permanent => true) from pgonce.queue";
+    world.owner.batch_execute(fail).await.expect("failed");
+    let operator = world.url(&world.operator);
+    for arguments in [
+        &["dead-letter", "list"] as &[&str],
+        &["dead-letter", "show", "1"],
+        &["dead-letter", "replay", "--all", "--yes"],
+        &["consumer", "pause", CONSUMER],
+        &["consumer", "resume", CONSUMER],
+        &["status"],
+    ] {
+        let output = outcome(&[arguments, &["--database-url", &operator]].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    assert_eq!(number(&world.owner, "select count(*) from pgonce.parked").await, 1);
     world.end().await;
 }
 
