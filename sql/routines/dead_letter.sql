@@ -25,10 +25,11 @@ as $$
 #variable_conflict use_column
 declare
   target record;
+  settled bigint[] := '{}';
 begin
   perform pgonce.require_read_committed('replay_dead_letters');
   perform pgonce.lock_dead_letters(dead_letter_ids);
-  return query
+  for target in
     with replayed as (
       update pgonce.dead_letters d
       set state = 'replayed', settled_at = clock_timestamp(), settled_by = session_user
@@ -43,16 +44,19 @@ begin
              r.error, r.payload, r.headers
       from replayed r
     )
-    select i, exists (select from replayed r where r.dead_letter_id = i) from unnest(dead_letter_ids) i;
-  for target in
-    select d.consumer_id, d.partition, array_agg(d.key) as keys
-    from pgonce.dead_letters d
+    select c.consumer_id, r.partition, c.failure_policy, array_agg(r.key) as keys, array_agg(r.dead_letter_id) as ids
+    from replayed r
     join pgonce.consumers c using (consumer_id)
-    where d.dead_letter_id = any (dead_letter_ids) and c.failure_policy = 'park_key'
-    group by d.consumer_id, d.partition
+    group by c.consumer_id, r.partition, c.failure_policy
   loop
-    perform pgonce.hold_back(target.consumer_id, target.partition, target.keys);
+    settled := settled || target.ids;
+    if target.failure_policy = 'park_key' then
+      perform pgonce.hold_back(target.consumer_id, target.partition, target.keys);
+    end if;
+    -- Whoever receives with an older snapshot does not see these, and would make one due that waits behind them.
+    perform pgonce.append_progress(pgonce.newest_progress(target.consumer_id, target.partition));
   end loop;
+  return query select i, i = any (settled) from unnest(dead_letter_ids) i;
 end $$;
 comment on function pgonce.replay_dead_letters is 'Gives dead letters back to their consumers, each with its id, its place in the order of its key and a fresh count of attempts. Waits for whoever is at their partitions. Answers for each whether it was this call that did it. Errors: PO010 (READ COMMITTED only).';
 

@@ -136,9 +136,9 @@ begin
     -- The view received shows what is recorded, and no longer all that stands between two offsets.
     perform set_config('pgonce_batch.has_gaps', 'true', true);
   else
-    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
-    values (reader.consumer_id, partition, current.generation + 1, current.next_offset, current.received,
-            current.duplicates, current.failures + 1, current.dead + (answer.outcome = 'dead')::integer);
+    current.failures := current.failures + 1;
+    current.dead := current.dead + (answer.outcome = 'dead')::integer;
+    perform pgonce.append_progress(current);
   end if;
   answer.attempts := message.attempts;
   answer.due_at := message.due_at;
@@ -168,6 +168,8 @@ begin
   where p.consumer_id = reader.consumer_id and p.partition = fail.partition
   for no key update;
   if not found then
+    -- Dropped while we waited: say so.
+    perform pgonce.consumer_row(consumer);
     raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
       hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
   end if;
@@ -210,7 +212,9 @@ begin
       "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, payload, headers)
     select q."offset", q.enqueued_at, reader.consumer_id, q.partition, 0, q.bytes, q.message_id, q.key, q.payload, q.headers
     from pgonce.queue q
-    where q.topic_id = reader.topic_id and q.message_id = any (received);
+    where q.topic_id = reader.topic_id and q.message_id = any (received)
+    -- Parked already, if this transaction has failed it, and then taken it again.
+    on conflict do nothing;
   end if;
   return parked_again || received;
 end $$;

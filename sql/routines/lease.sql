@@ -122,23 +122,18 @@ begin
 end $$;
 comment on function pgonce.enter_lease is 'Internal: takes the offset lock, and says whether the epoch is in force: held, fenced (which it counts) or busy.';
 
-create or replace function pgonce.append_progress(
+create or replace function pgonce.advance(
   current pgonce.progress, next_offset bigint, received bigint, duplicates bigint)
 returns void
 language plpgsql volatile
 as $$
 begin
-  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
-  values (current.consumer_id, current.partition, current.generation + 1, append_progress.next_offset,
-          current.received + append_progress.received, current.duplicates + append_progress.duplicates,
-          current.failures, current.dead);
-  if current.generation % 64 = 0 then
-    delete from pgonce.progress p
-    where p.consumer_id = current.consumer_id and p.partition = current.partition
-      and p.generation between current.generation - 200 and current.generation - 64;
-  end if;
+  current.next_offset := advance.next_offset;
+  current.received := current.received + advance.received;
+  current.duplicates := current.duplicates + advance.duplicates;
+  perform pgonce.append_progress(current);
 end $$;
-comment on function pgonce.append_progress is 'Internal: the next generation of progress, so many messages further.';
+comment on function pgonce.advance is 'Internal: the next generation of progress, so many messages further.';
 
 create or replace function pgonce.acquire(consumer text, member_id uuid, max_partitions integer, lease_ms integer)
 returns setof pgonce.acquired
@@ -305,7 +300,7 @@ begin
       and q."offset" between current.next_offset and batch.last and q.message_id <> all (held || known);
     first := coalesce(first, batch.last + 1);
     if first > current.next_offset then
-      perform pgonce.append_progress(current, first, 0, (
+      perform pgonce.advance(current, first, 0, (
         select count(*) from pgonce.queue q
         where q.topic_id = reader.topic_id and q.partition = peek.partition
           and q."offset" between current.next_offset and first - 1
@@ -369,7 +364,7 @@ begin
       insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
       values (parked."offset", reader.consumer_id, ack.partition, parked.message_id)
       on conflict do nothing;
-      perform pgonce.append_progress(current, current.next_offset, found::integer, (not found)::integer);
+      perform pgonce.advance(current, current.next_offset, found::integer, (not found)::integer);
       answer.outcome := 'acked';
     end if;
   elsif from_offset = current.next_offset then
@@ -391,7 +386,7 @@ begin
     known := pgonce.known_ids(reader, partition, from_offset, to_offset);
     known := array(select k from unnest(known) k where k <> all (held));
     perform pgonce.record_batch(reader, partition, from_offset, to_offset, held || known);
-    perform pgonce.append_progress(
+    perform pgonce.advance(
       current, to_offset + 1, messages - cardinality(held) - cardinality(known), cardinality(known));
     answer := ('acked', to_offset + 1);
   end if;

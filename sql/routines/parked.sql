@@ -1,10 +1,10 @@
--- Parked: what waits to be tried again, and what waits behind it. fail.sql puts it there, receive and peek take it from there.
+-- Parked: the messages that wait to be tried again, those that wait behind them, and how they come back.
 --
--- Of a key only the first parked message is due (with the policy park_key). When it is processed or given up, the next one
--- becomes due. A message may stand ahead of the consumer's offset; nobody takes it before the consumer has got there.
+-- With park_key only the first parked message of a key is due; the others have no time. When it is taken or given up, the
+-- next one becomes due.
 --
--- Locks: none; the caller holds the offset lock. Indexes: the primary keys of parked, dead_letters and queue; parked_due,
--- parked_key, parked_suspect.
+-- Locks: none of its own; whoever calls has the offset lock of the partition.
+-- Indexes: those of parked; the primary keys of queue and processed_ids; dead_letters_offset.
 
 create or replace function pgonce.release_next(consumer_id integer, partition integer, keys text[])
 returns void
@@ -73,8 +73,8 @@ end $$;
 comment on function pgonce.has_something is 'Internal: whether a consumer may find something to receive in a partition, from that offset on or parked.';
 
 create or replace function pgonce.take_parked(
-  reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint, suspects boolean)
-returns bigint[]
+  reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint, suspects boolean,
+  out recorded bigint[], out duplicates integer)
 language plpgsql volatile
 as $$
 #variable_conflict use_column
@@ -83,6 +83,15 @@ declare
   keys text[];
   is_alone boolean;
 begin
+  recorded := '{}';
+  duplicates := 0;
+  if exists (
+    select from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+      and k.taken_by = pg_current_xact_id_if_assigned()) then
+    -- Once a transaction: the view received tells what it takes by its mark alone.
+    return;
+  end if;
   -- One that a process has died of comes by itself, so that nothing else dies with it.
   is_alone := suspects and exists (
     select from pgonce.parked k
@@ -91,67 +100,71 @@ begin
   if is_alone then
     max := 1;
   end if;
-  -- Those that are due and the first of their keys, the longest due first, each with what waits behind it.
-  select array_agg(b."offset" order by b."offset"), array_agg(distinct b.key)
-  into taken, keys
-  from (
-    select l."offset", l.key, sum(l.bytes) over in_turn - l.bytes as bytes_before
+  loop
+    -- Those that are due and the first of their keys, the longest due first, each with what waits behind it.
+    select array_agg(b."offset" order by b."offset"), array_agg(distinct b.key)
+    into taken, keys
     from (
-      select d.due_at, d."offset" as first_offset, l."offset", l.key, l.bytes
+      select l."offset", l.key, sum(l.bytes) over in_turn - l.bytes as bytes_before
       from (
-        select k.due_at, k."offset", k.key
-        from pgonce.parked k
-        where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-          and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset
-          and k.is_suspect = is_alone
-          and (reader.failure_policy = 'skip' or not exists (
-            select from pgonce.parked f
-            where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
-              and (f.key = k.key or reader.failure_policy = 'block') and f."offset" < k."offset"))
-        order by k.due_at, k."offset"
-        limit take_parked.max) d
-      cross join lateral (
-        select k."offset", k.key, k.bytes
-        from pgonce.parked k
-        where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = d."offset"
-        union all
-        (select k."offset", k.key, k.bytes
-         from pgonce.parked k
-         where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
-           and k.key = d.key and k."offset" > d."offset" and k."offset" < take_parked.next_offset
-           and k.due_at is null
-           and not exists (
-             select from pgonce.parked s
-             where s.consumer_id = k.consumer_id and s.partition = k.partition and s.is_suspect and s.taken_by is null
-               and s.key = k.key and s."offset" between d."offset" + 1 and k."offset")
-         order by k."offset"
-         limit take_parked.max)) l
-      order by d.due_at, d."offset", l."offset"
-      limit take_parked.max) l
-    window in_turn as (order by l.due_at, l.first_offset, l."offset" rows unbounded preceding)) b
-  where b.bytes_before < take_parked.max_bytes;
-  if taken is null then
-    return '{}';
-  end if;
-
-  update pgonce.parked k
-  set taken_by = pg_current_xact_id()
-  where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken);
-  perform pgonce.release_next(reader.consumer_id, partition, keys);
-  -- An id that was processed before in another place is left out, as everywhere.
-  with recorded as (
-    insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
-    select k."offset", k.consumer_id, k.partition, k.message_id
-    from pgonce.parked k
+        select d.due_at, d."offset" as first_offset, l."offset", l.key, l.bytes
+        from (
+          select k.due_at, k."offset", k.key
+          from pgonce.parked k
+          where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+            and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset
+            and k.is_suspect = is_alone
+            and (reader.failure_policy = 'skip' or not exists (
+              select from pgonce.parked f
+              where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
+                and (f.key = k.key or reader.failure_policy = 'block') and f."offset" < k."offset"))
+          order by k.due_at, k."offset"
+          limit take_parked.max) d
+        cross join lateral (
+          select k."offset", k.key, k.bytes
+          from pgonce.parked k
+          where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = d."offset"
+          union all
+          (select k."offset", k.key, k.bytes
+           from pgonce.parked k
+           where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
+             and k.key = d.key and k."offset" > d."offset" and k."offset" < take_parked.next_offset
+             and k.due_at is null
+             and not exists (
+               select from pgonce.parked s
+               where s.consumer_id = k.consumer_id and s.partition = k.partition and s.is_suspect and s.taken_by is null
+                 and s.key = k.key and s."offset" between d."offset" + 1 and k."offset")
+           order by k."offset"
+           limit take_parked.max)) l
+        order by d.due_at, d."offset", l."offset"
+        limit take_parked.max) l
+      window in_turn as (order by l.due_at, l.first_offset, l."offset" rows unbounded preceding)) b
+    where b.bytes_before < take_parked.max_bytes;
+    exit when taken is null;
+    update pgonce.parked k
+    set taken_by = pg_current_xact_id()
+    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken);
+    with recorded as (
+      insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
+      select k."offset", k.consumer_id, k.partition, k.message_id
+      from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken)
+      order by k."offset"
+      on conflict do nothing
+      returning "offset"
+    )
+    select coalesce(array_agg(r."offset" order by r."offset"), '{}') into recorded from recorded r;
+    -- An id that was processed before in another place is left out, as everywhere. Nothing may find it marked as taken: it
+    -- would be shown, or its record, which tells of that other place, be withdrawn.
+    delete from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken)
-    order by k."offset"
-    on conflict do nothing
-    returning "offset"
-  )
-  select coalesce(array_agg(r."offset" order by r."offset"), '{}') into taken from recorded r;
-  return taken;
+      and k."offset" <> all (recorded);
+    perform pgonce.release_next(reader.consumer_id, partition, keys);
+    duplicates := duplicates + cardinality(taken) - cardinality(recorded);
+    exit when cardinality(recorded) > 0;
+  end loop;
 end $$;
-comment on function pgonce.take_parked is 'Internal: takes parked messages that are due and records them as processed; answers their offsets.';
+comment on function pgonce.take_parked is 'Internal: takes parked messages that are due, once a transaction, and records them as processed; answers their offsets, and how many were processed before in another place.';
 
 create or replace function pgonce.left_out(
   reader pgonce.consumers, partition integer, first_offset bigint, last_offset bigint)

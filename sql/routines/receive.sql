@@ -5,7 +5,7 @@
 -- Indexes: the primary keys of queue (topic_id, partition, offset), progress and processed_ids. Every look at the queue is
 -- in the order of the offsets, with sorting switched off: so no statistics can make another index look as good.
 --
--- What failed before. Messages that are parked (fail.sql) come back through receive, ahead of new ones and in the order of
+-- What failed before. Messages that are parked (parked.sql) come back through receive, ahead of new ones and in the order of
 -- their keys; a batch has either. They stay in `parked`, marked by the transaction that took them, until a later receive
 -- removes them: so the view `received` can show them, and no payload is copied back. New messages that must not overtake
 -- a parked one are parked behind it, and the offset moves past them.
@@ -90,6 +90,35 @@ begin
 end $$;
 comment on function pgonce.newest_progress is 'Internal: the generation of a consumer''s progress that is in force.';
 
+create or replace function pgonce.append_progress(changed pgonce.progress)
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+begin
+  -- Under the lock nobody else adds a generation. A caller above READ COMMITTED whose snapshot is too old for the
+  -- newest one gets 40001 here.
+  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
+  values (changed.consumer_id, changed.partition, changed.generation + 1, changed.next_offset, changed.received,
+          changed.duplicates, changed.failures, changed.dead)
+  on conflict do nothing;
+  if not found then
+    raise exception using errcode = 'PO012', message = 'a newer generation of progress than the newest',
+      hint = 'Nothing was changed. Rows of progress are being changed by hand, or this is a defect: please report it.';
+  end if;
+  if changed.generation % 64 = 0 then
+    -- Never the one that was in force when this transaction began: fail tells by it what the transaction has received.
+    delete from pgonce.progress p
+    where p.consumer_id = changed.consumer_id and p.partition = changed.partition
+      and p.generation between changed.generation - 200 and changed.generation - 64
+      and p.generation < (
+        select o.generation from pgonce.progress o
+        where o.consumer_id = changed.consumer_id and o.partition = changed.partition and o.writer <> pg_current_xact_id()
+        order by o.generation desc limit 1);
+  end if;
+end $$;
+comment on function pgonce.append_progress is 'Internal: the next generation of a consumer''s progress, from the one in force as the caller has changed it. Old ones are deleted in passing.';
+
 create or replace function pgonce.seen_progress(consumer text, partition integer)
 returns bigint[]
 language plpgsql stable security definer
@@ -165,11 +194,12 @@ declare
   reader pgonce.consumers;
   target record;
   current pgonce.progress;
+  changed pgonce.progress;
   batch record;
   waiting record;
   known text[];
   held text[];
-  taken bigint[];
+  taken record;
 begin
   reader := pgonce.transactional_row(consumer);
   if max is null or max not between 1 and 10000 then
@@ -220,15 +250,19 @@ begin
       delete from pgonce.parked k
       where k.consumer_id = reader.consumer_id and k.partition = target.partition
         and k.taken_by is not null and k.taken_by is distinct from pg_current_xact_id_if_assigned();
-      taken := pgonce.take_parked(reader, target.partition, current.next_offset, max, max_bytes, suspects);
-      if cardinality(taken) > 0 then
-        insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
-        values (reader.consumer_id, target.partition, current.generation + 1, current.next_offset,
-                current.received + cardinality(taken), current.duplicates, current.failures, current.dead);
+      select t.recorded, t.duplicates into strict taken
+      from pgonce.take_parked(reader, target.partition, current.next_offset, max, max_bytes, suspects) t;
+      if cardinality(taken.recorded) + taken.duplicates > 0 then
+        current.received := current.received + cardinality(taken.recorded);
+        current.duplicates := current.duplicates + taken.duplicates;
+        perform pgonce.append_progress(current);
+        current := pgonce.newest_progress(reader.consumer_id, target.partition);
+      end if;
+      if cardinality(taken.recorded) > 0 then
         return query
           select reader.consumer, k.partition, k."offset", k.message_id, k.key, k.payload, k.headers, k.enqueued_at, k.attempts + 1
           from pgonce.parked k
-          where k.consumer_id = reader.consumer_id and k.partition = target.partition and k."offset" = any (taken)
+          where k.consumer_id = reader.consumer_id and k.partition = target.partition and k."offset" = any (taken.recorded)
           order by k."offset";
         perform set_config('pgonce_batch.is_open', 'true', true), set_config('pgonce_batch.is_of_parked', 'true', true);
         return;
@@ -277,16 +311,10 @@ begin
       end if;
       held := pgonce.left_out(reader, target.partition, current.next_offset, batch.last);
     end if;
-    -- Under the lock nobody else adds a generation. A caller above READ COMMITTED whose snapshot is too old for the
-    -- newest one gets 40001 here.
-    insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
-    values (reader.consumer_id, target.partition, current.generation + 1, batch.last + 1,
-            current.received + batch.messages - cardinality(held), current.duplicates, current.failures, current.dead)
-    on conflict do nothing;
-    if not found then
-      raise exception using errcode = 'PO012', message = 'a newer generation of progress than the newest',
-        hint = 'Nothing was changed. Rows of progress are being changed by hand, or this is a defect: please report it.';
-    end if;
+    changed := current;
+    changed.next_offset := batch.last + 1;
+    changed.received := current.received + batch.messages - cardinality(held);
+    perform pgonce.append_progress(changed);
     -- Nor does anybody else add records of this consumer for ids of this topic, so a plain INSERT is enough, and the
     -- primary key finds the duplicates. They are rare: only then is each id looked up.
     known := '{}';
@@ -311,11 +339,6 @@ begin
         and q."offset" between current.next_offset and batch.last
         and (cardinality(held) + cardinality(known) = 0 or q.message_id <> all (known || held))
       order by q."offset";
-    if current.generation % 64 = 0 then
-      delete from pgonce.progress p
-      where p.consumer_id = reader.consumer_id and p.partition = target.partition
-        and p.generation between current.generation - 200 and current.generation - 64;
-    end if;
     -- Gone with the transaction: how a worker sees that a handler has not ended it.
     perform set_config('pgonce_batch.is_open', 'true', true), set_config('pgonce_batch.is_of_parked', 'false', true);
     exit when cardinality(known) + cardinality(held) < batch.messages;

@@ -272,3 +272,113 @@ async fn a_message_can_be_failed_before_and_after_it_is_received() {
         "PO010"
     );
 }
+
+#[tokio::test]
+async fn an_older_snapshot_than_a_replay_or_a_failure_gets_40001() {
+    let begin = "begin isolation level repeatable read; select count(*) from pgonce.parked";
+    // A replay that it does not see puts a message between two parked ones: the later one must not become due.
+    let (database, client, pool) = world("park_key", "a1 a2 a3").await;
+    let setup =
+        "select pgonce.fail('c', 0, 1, 'x'); select pgonce.receive('c'); select pgonce.fail('c', 0, 2, 'x', true)";
+    client.batch_execute(&format!("{setup}; {HURRY}")).await.expect("set up");
+    let other = database.connect().await;
+    other.batch_execute(begin).await.expect("begun");
+    let replay = "select pgonce.replay_dead_letters(array(select dead_letter_id from pgonce.dead_letters))";
+    client.batch_execute(replay).await.expect("replayed");
+    assert_eq!(sqlstate(&other, "select pgonce.receive('c', 1)").await, "40001");
+    other.batch_execute("rollback").await.expect("rolled back");
+    assert_eq!(drain(&client, &pool, &Consumer::sql(CONSUMER, SQL)).await, "a1 a2 a3");
+
+    // A failure ahead of the consumer touches nothing else of what it takes.
+    let (database, client, _pool) = world("park_key", "a1 b1 c1").await;
+    let setup = "select pgonce.fail('c', 0, 1, 'x'); select pgonce.receive('c', 2)";
+    client.batch_execute(&format!("{setup}; {HURRY}")).await.expect("set up");
+    let other = database.connect().await;
+    other.batch_execute(begin).await.expect("begun");
+    client.batch_execute("select pgonce.fail('c', 0, 3, 'x')").await.expect("failed");
+    assert_eq!(sqlstate(&other, "select pgonce.receive('c')").await, "40001");
+}
+
+#[tokio::test]
+async fn an_id_that_was_processed_in_another_place_is_not_applied_from_the_parked_ones() {
+    let (_database, client, _pool) = world("park_key", "a1 a2 a3").await;
+    // As if an earlier message of that id had been cleaned up since.
+    let setup = r#"select pgonce.fail('c', 0, 1, 'x'); select pgonce.receive('c');
+        insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
+        select 900, consumer_id, 0, 'a2' from pgonce.consumers where consumer = 'c'"#;
+    client.batch_execute(&format!("{setup}; {HURRY}; begin; select pgonce.open_batch('c')")).await.expect("opened");
+    assert_eq!(texts(&client, r#"select message_id from pgonce.received order by "offset""#).await, ["a1", "a3"]);
+    let fail = "select withdrawn::text from pgonce.fail('c', 0, 1, 'x')";
+    assert_eq!(texts(&client, fail).await, ["{1,3}"]);
+    client.batch_execute("commit").await.expect("committed");
+    assert_eq!(texts(&client, r#"select message_id || "offset" from pgonce.processed_ids"#).await, ["a2900"]);
+    let counted = "select received * 10 + duplicates from pgonce.consumer_lag where consumer = 'c'";
+    assert_eq!(number(&client, counted).await, 1);
+}
+
+#[tokio::test]
+async fn a_message_can_be_failed_and_received_again_in_one_transaction() {
+    let (_database, client, pool) = world("park_key", "a1 b1 a2").await;
+    let again = "begin; select pgonce.receive('c'); select pgonce.fail('c', 0, 3, 'x', retry_at => '-infinity')";
+    client.batch_execute(again).await.expect("failed");
+    assert_eq!(texts(&client, "select message_id from pgonce.receive('c')").await, ["a2"]);
+    let fail = "select withdrawn::text from pgonce.fail('c', 0, 1, 'x')";
+    assert_eq!(texts(&client, fail).await, ["{1,3}"]);
+    client.batch_execute("insert into applied (text) values ('b1'); commit").await.expect("committed");
+    mend(&client).await;
+    assert_eq!(drain(&client, &pool, &Consumer::sql(CONSUMER, SQL)).await, "a1 a2");
+}
+
+#[tokio::test]
+async fn a_second_batch_of_a_transaction_shows_nothing_of_the_first() {
+    let (_database, client, pool) = world("skip", "a1 b1 c1").await;
+    let one_is_due = "select pgonce.fail('c', 0, n, 'x') from generate_series(1, 3) n; select pgonce.receive('c');
+        update pgonce.parked set due_at = '-infinity' where message_id = 'b1'";
+    client.batch_execute(one_is_due).await.expect("set up");
+    client.batch_execute("begin").await.expect("begun");
+    let mut shown = Vec::new();
+    for opened in [1, 0] {
+        assert_eq!(number(&client, "select pgonce.open_batch('c')").await, opened);
+        shown.extend(
+            texts(&client, "insert into applied (text) select message_id from pgonce.received returning text").await,
+        );
+        client.batch_execute(HURRY).await.expect("hurried");
+    }
+    client.batch_execute("commit").await.expect("committed");
+    assert_eq!(shown, ["b1"]);
+    assert_eq!(drain(&client, &pool, &Consumer::sql(CONSUMER, SQL)).await, "a1 c1");
+}
+
+#[tokio::test]
+async fn generations_are_forgotten_and_never_the_one_that_a_transaction_found() {
+    let ids: Vec<String> = (0..300).map(|nth| format!("-{nth}")).collect();
+    let (_database, client, _pool) = world("skip", &ids.join(" ")).await;
+    let receive = "select pgonce.receive('c', 1)";
+    client.batch_execute(receive).await.expect("received");
+    let many = "begin; do $$ begin for n in 1 .. 200 loop perform pgonce.receive('c', 1); end loop; end $$";
+    client.batch_execute(many).await.expect("received");
+    assert_eq!(texts(&client, "select outcome from pgonce.fail('c', 0, 1, 'x')").await, ["gone"]);
+    client.batch_execute("commit").await.expect("committed");
+
+    client.batch_execute("select pgonce.create_consumer('c', 't', attempts_max => 1000)").await.expect("changed");
+    let many = "do $$ begin for n in 1 .. 300 loop perform pgonce.fail('c', 0, 300, 'x'); commit; end loop; end $$";
+    client.batch_execute(many).await.expect("failed");
+    assert!(number(&client, "select count(*) from pgonce.progress where generation > 0").await < 200);
+}
+
+#[tokio::test]
+async fn statements_that_fail_without_messages_blame_none() {
+    let sql = r#"insert into applied (text)
+        select string_agg(case when payload ->> 'fails' = 'divide' then (1 / (length(message_id) - length(message_id)))::text else message_id end, ' ' order by "offset")
+        from received"#;
+    for policy in ["park_key", "block"] {
+        let (_database, client, pool) = world(policy, "b1! b2 b3").await;
+        let step = Consumer::sql(CONSUMER, sql).step(&pool).await.expect("a step");
+        assert_eq!((step.applied, step.failed), (0, 1), "{policy}");
+        assert_eq!(
+            texts(&client, "select message_id from pgonce.parked where attempts > 0").await,
+            ["b1!"],
+            "{policy}"
+        );
+    }
+}
