@@ -27,10 +27,36 @@ create table test.applied (
   partition integer not null,
   "offset" bigint not null,
   message_id text not null,
-  key text
+  key text,
+  writer xid8 not null default pg_current_xact_id()
 );
 create index on test.applied (consumer_id);
 comment on table test.applied is 'The effects: one row for each message that a consumer received, in its transaction.';
+
+create table test.failed (
+  consumer_id integer not null,
+  partition integer not null,
+  outcome text not null
+);
+create index on test.failed (consumer_id);
+comment on table test.failed is 'What fail answered, written in its transaction.';
+
+create table test.settled (
+  topic text not null,
+  dead_letter_id bigint not null
+);
+create index on test.settled (topic);
+comment on table test.settled is 'Dead letters that a replay or a discard was told to have settled, written in its transaction.';
+
+create table test.purged (
+  topic_id integer not null,
+  partition integer not null,
+  "offset" bigint not null,
+  message_id text not null,
+  was_applied boolean not null
+);
+create index on test.purged (topic_id);
+comment on table test.purged is 'Messages that were deleted from the queue, and whether they had been applied by then.';
 
 create table test.totals (
   consumer_id integer not null,
@@ -157,6 +183,72 @@ begin
     select t.was_duplicate from told t;
 end $$;
 
+create function test.note_purged()
+returns trigger
+language plpgsql
+as $$
+begin
+  insert into test.purged (topic_id, partition, "offset", message_id, was_applied)
+  select d.topic_id, d.partition, d."offset", d.message_id, exists (
+    select from test.applied a join pgonce.consumers c using (consumer_id)
+    where c.topic_id = d.topic_id and a.message_id = d.message_id)
+  from deleted d;
+  return null;
+end $$;
+create trigger note_purged after delete on pgonce.queue
+referencing old table as deleted for each statement execute function test.note_purged();
+
+create function test.fail(consumer text, "offset" bigint, permanent boolean default false)
+returns table (outcome text)
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  told pgonce.failed;
+  reader_id integer := test.id_of(fail.consumer);
+begin
+  select f.* into strict told from pgonce.fail(fail.consumer, 0, fail."offset", 'as told', fail.permanent) f;
+  insert into test.failed (consumer_id, partition, outcome) values (reader_id, 0, told.outcome);
+  -- As if the effect of what is withdrawn had been rolled back to a savepoint; never an effect of another transaction.
+  with undone as (
+    delete from test.applied a
+    where a.consumer_id = reader_id and a.partition = 0 and a."offset" = any (told.withdrawn)
+      and a.writer = pg_current_xact_id()
+    returning a."offset"
+  )
+  update test.totals t set total = t.total - (select count(*) from undone u)
+  where t.consumer_id = reader_id and t.partition = 0 and exists (select from undone u);
+  return query select told.outcome;
+end $$;
+
+create function test.settle(topic text, consumer text, how text)
+returns table (settled bigint)
+language plpgsql
+as $$
+declare
+  ids bigint[] := array(select d.dead_letter_id from pgonce.dead_letters d where d.consumer_id = test.id_of(settle.consumer));
+begin
+  return query
+    with told as materialized (
+      select r.dead_letter_id from pgonce.replay_dead_letters(case settle.how when 'replay' then ids end) r where r.was_settled
+      union all
+      select d.dead_letter_id from pgonce.discard_dead_letters(case settle.how when 'discard' then ids end) d where d.was_settled
+    ),
+    noted as (
+      insert into test.settled (topic, dead_letter_id) select settle.topic, t.dead_letter_id from told t
+    )
+    select count(*) from told t;
+end $$;
+
+create function test.make_due(consumer text)
+returns void
+language plpgsql
+as $$
+begin
+  update pgonce.parked k set due_at = clock_timestamp()
+  where k.consumer_id = test.id_of(make_due.consumer) and k.due_at > clock_timestamp();
+end $$;
+
 create function test.id_of(consumer text)
 returns integer
 language sql stable
@@ -210,13 +302,17 @@ declare
   moved bigint;
   got bigint;
   due_at timestamptz;
+  idle integer := 0;
 begin
   for round in 1 .. rounds_max loop
     select coalesce(sum(r.moved), 0) into strict moved from pgonce.relay(drain.topic) r;
     commit;
+    perform test.make_due(drain.consumer);
     got := test.apply(drain.consumer);
     commit;
-    if moved = 0 and got = 0 then
+    -- Once a receive may do nothing but leave out what is parked ahead; then the next one finds it.
+    idle := case when moved = 0 and got = 0 then idle + 1 else 0 end;
+    if idle >= 2 then
       select min(o.deliver_at) into due_at
       from pgonce.outbox o join pgonce.topics t using (topic_id) where t.topic = drain.topic;
       if due_at is null then
@@ -245,8 +341,18 @@ begin
     'taken_back', (select coalesce(jsonb_agg(b.message_id), '[]') from test.taken_back b where b.topic = state.topic),
     'queue', (
       select coalesce(jsonb_agg(jsonb_build_object(
-        'partition', q.partition, 'offset', q."offset", 'message_id', q.message_id, 'key', q.key) order by q.partition, q."offset"), '[]')
+        'partition', q.partition, 'offset', q."offset", 'message_id', q.message_id) order by q.partition, q."offset"), '[]')
       from pgonce.queue q where q.topic_id = h.topic_id),
+    'purged', (
+      select coalesce(jsonb_agg(u order by u.partition, u."offset"), '[]') from test.purged u where u.topic_id = h.topic_id),
+    'parked', (
+      select coalesce(jsonb_agg(k.message_id), '[]') from pgonce.parked k
+      where k.consumer_id = h.consumer_id and k.taken_by is null),
+    'dead_letters', (
+      select coalesce(jsonb_agg(jsonb_build_object('message_id', d.message_id, 'partition', d.partition, 'state', d.state)), '[]')
+      from pgonce.dead_letters d where d.consumer_id = h.consumer_id),
+    'failed', (
+      select coalesce(jsonb_agg(f), '[]') from test.failed f where f.consumer_id >= h.first_consumer_id),
     'unsent', (
       select coalesce(jsonb_agg(o.message_id), '[]') from pgonce.outbox o where o.topic_id = h.topic_id and o.status <> 'SENT'),
     'sent', (select count(*) from pgonce.outbox o where o.topic_id = h.topic_id and o.status = 'SENT'),
@@ -266,7 +372,11 @@ begin
       select count(*) from (
         select p.consumer_id from pgonce.progress p where p.consumer_id >= h.first_consumer_id
         union all
-        select p.consumer_id from pgonce.processed_ids p where p.consumer_id >= h.first_consumer_id) x
+        select p.consumer_id from pgonce.processed_ids p where p.consumer_id >= h.first_consumer_id
+        union all
+        select k.consumer_id from pgonce.parked k where k.consumer_id >= h.first_consumer_id
+        union all
+        select d.consumer_id from pgonce.dead_letters d where d.consumer_id >= h.first_consumer_id) x
       where x.consumer_id not in (select c.consumer_id from pgonce.consumers c)),
     'broken', (
       select coalesce(jsonb_agg(b.words), '[]')
@@ -276,6 +386,11 @@ begin
         select format('once applied: %s came %s times to the inbox', i.message_id, count(*) filter (where not i.was_duplicate))
         from test.inbox i where i.topic = state.topic
         group by i.message_id
-        having count(*) filter (where not i.was_duplicate) <> 1) b))
+        having count(*) filter (where not i.was_duplicate) <> 1
+        union all
+        select format('a dead letter was settled %s times', count(*))
+        from test.settled s where s.topic = state.topic
+        group by s.dead_letter_id
+        having count(*) > 1) b))
   from here h);
 end $$;

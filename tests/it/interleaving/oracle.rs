@@ -13,6 +13,10 @@ pub(crate) struct State {
     ledger: Vec<Entry>,
     taken_back: Vec<String>,
     queue: Vec<Queued>,
+    purged: Vec<Purged>,
+    parked: Vec<String>,
+    dead_letters: Vec<DeadLetter>,
+    failed: Vec<Failure>,
     unsent: Vec<String>,
     sent: usize,
     set_aside: usize,
@@ -41,7 +45,27 @@ struct Queued {
     partition: i32,
     offset: i64,
     message_id: String,
-    key: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Purged {
+    #[serde(flatten)]
+    message: Queued,
+    was_applied: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct DeadLetter {
+    partition: i32,
+    message_id: String,
+    state: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Failure {
+    consumer_id: i32,
+    partition: i32,
+    outcome: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -57,6 +81,8 @@ struct Progress {
     next_offset: i64,
     received: i64,
     duplicates: i64,
+    failures: i64,
+    dead: i64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -89,6 +115,23 @@ struct Sent {
     commit: Commit,
 }
 
+impl State {
+    /// All that ever was in the queue.
+    fn queued(&self) -> impl Iterator<Item = &Queued> {
+        self.purged.iter().map(|purged| &purged.message).chain(&self.queue)
+    }
+
+    /// How often a message is to be applied, as far as that is known.
+    fn times_due(&self, message: &Queued) -> usize {
+        let is_given_up = |dead: &DeadLetter| dead.message_id == message.message_id && dead.state != "replayed";
+        let purged = self.purged.iter().find(|purged| purged.message.message_id == message.message_id);
+        match purged {
+            Some(purged) => purged.was_applied.into(),
+            None => (!self.dead_letters.iter().any(is_given_up)).into(),
+        }
+    }
+}
+
 /// The promises that are broken, in words; none if all hold.
 pub(crate) fn broken_promises(state: &State, history: &History<'_>) -> Vec<String> {
     let mut broken = state.broken.clone();
@@ -96,6 +139,7 @@ pub(crate) fn broken_promises(state: &State, history: &History<'_>) -> Vec<Strin
     in_order(state, history, &mut broken);
     gapless(state, &mut broken);
     once_applied(state, &mut broken);
+    counted(state, &mut broken);
     earlier_consumers(state, &mut broken);
     broken
 }
@@ -119,19 +163,19 @@ fn once_in(state: &State, broken: &mut Vec<String>) {
         if !(0..=1).contains(&number) {
             broken.push(format!("once in: {number} enqueues of {id} were told that they are the first"));
         }
-        let queued = state.queue.iter().filter(|message| message.message_id == *id).count();
+        let queued = state.queued().filter(|message| message.message_id == *id).count();
         if i32::try_from(queued) != Ok(number) {
             broken.push(format!(
                 "atomic, nothing skipped: {id} was committed {number} times, is in the queue {queued} times"
             ));
         }
     }
-    for message in &state.queue {
+    for message in state.queued() {
         if !copies.contains_key(message.message_id.as_str()) {
             broken.push(format!("atomic: {} is in the queue, and was never committed", message.message_id));
         }
     }
-    if !state.unsent.is_empty() || state.set_aside > 0 || state.sent != state.queue.len() {
+    if !state.unsent.is_empty() || state.set_aside > 0 || state.sent != state.queued().count() {
         broken.push(format!(
             "nothing skipped: outbox rows {:?} are not SENT, {} are, {} are set aside",
             state.unsent, state.sent, state.set_aside
@@ -155,7 +199,7 @@ fn in_order(state: &State, history: &History<'_>, broken: &mut Vec<String>) {
     }
     let looks: Vec<_> = history.looks().collect();
     let places: BTreeMap<&str, &Queued> =
-        state.queue.iter().map(|message| (message.message_id.as_str(), message)).collect();
+        state.queued().map(|message| (message.message_id.as_str(), message)).collect();
     for (first, (a, sent_a)) in &sends {
         for (second, (b, sent_b)) in &sends {
             let (Some(place_a), Some(place_b)) = (places.get(first), places.get(second)) else { continue };
@@ -198,8 +242,7 @@ fn sent(entry: &Entry, history: &History<'_>) -> Result<Sent, String> {
 fn gapless(state: &State, broken: &mut Vec<String>) {
     for head in &state.heads {
         let offsets: Vec<i64> = state
-            .queue
-            .iter()
+            .queued()
             .filter(|message| message.partition == head.partition)
             .map(|message| message.offset)
             .collect();
@@ -212,22 +255,28 @@ fn gapless(state: &State, broken: &mut Vec<String>) {
     }
 }
 
-/// Promises 4 and 6: the consumer's effects are those of every message in the queue, once, in order.
+/// Promises 4 and 6: the consumer's effects are those of every message in the queue, once, in order. Only what was given
+/// up is not applied, and what came back from the dead letters has no place in the order.
 fn once_applied(state: &State, broken: &mut Vec<String>) {
     let applied: Vec<&Applied> =
         state.applied.iter().filter(|effect| Some(effect.consumer_id) == state.consumer_id).collect();
-    for message in &state.queue {
+    if !state.parked.is_empty() {
+        broken.push(format!("nothing skipped: {:?} are still parked", state.parked));
+    }
+    for message in state.queued() {
         let times = applied.iter().filter(|effect| effect.message_id == message.message_id).count();
-        if times != 1 {
-            broken.push(format!("once applied: {} was applied {times} times", message.message_id));
+        let times_due = state.times_due(message);
+        if times != times_due {
+            broken.push(format!("once applied: {} was applied {times} times, not {times_due}", message.message_id));
         }
-        if message.key.is_some() {
-            let of_key = |key: &Option<String>| *key == message.key;
-            let in_queue = state.queue.iter().filter(|other| of_key(&other.key)).map(|other| other.offset);
-            let in_effect = applied.iter().filter(|other| of_key(&other.key)).map(|other| other.offset);
-            if !in_queue.eq(in_effect) && times == 1 {
-                broken.push(format!("in order: key {:?} was applied in another order than it has", message.key));
-            }
+    }
+    let mut last: BTreeMap<&str, i64> = BTreeMap::new();
+    for effect in
+        applied.iter().filter(|effect| !state.dead_letters.iter().any(|dead| dead.message_id == effect.message_id))
+    {
+        let Some(key) = &effect.key else { continue };
+        if last.insert(key, effect.offset).is_some_and(|before| before > effect.offset) {
+            broken.push(format!("in order: key {key:?} was applied in another order than it has"));
         }
     }
     let places = |effects: &[&Applied]| -> BTreeSet<(i32, i64, String)> {
@@ -239,13 +288,32 @@ fn once_applied(state: &State, broken: &mut Vec<String>) {
         broken
             .push(format!("once applied: recorded as processed are {recorded:?}, applied were {:?}", places(&applied)));
     }
+    if state.left_behind > 0 {
+        broken.push(format!("once applied: {} rows of consumers that were dropped", state.left_behind));
+    }
+}
+
+/// The counters agree with what there is.
+fn counted(state: &State, broken: &mut Vec<String>) {
     for head in &state.heads {
         let Some(progress) = state.progress.iter().find(|progress| progress.partition == head.partition) else {
             broken.push(format!("once applied: the consumer has no partition {}", head.partition));
             continue;
         };
-        let here = applied.iter().filter(|effect| effect.partition == head.partition).count();
-        let messages = i64::try_from(here).expect("few messages");
+        let is_own = |effect: &&Applied| Some(effect.consumer_id) == state.consumer_id;
+        let here = state.applied.iter().filter(is_own).filter(|effect| effect.partition == head.partition);
+        let messages = number(here);
+        let of_own = |failure: &&Failure| {
+            Some(failure.consumer_id) == state.consumer_id
+                && failure.partition == head.partition
+                && failure.outcome != "gone"
+        };
+        let failures = state.failed.iter().filter(of_own);
+        let dead = number(failures.clone().filter(|failure| failure.outcome == "dead"));
+        let letters = number(state.dead_letters.iter().filter(|dead| dead.partition == head.partition));
+        if (progress.failures, progress.dead) != (number(failures), dead) || dead != letters {
+            broken.push(format!("{progress:?} of {:?}, with {letters} dead letters", state.failed));
+        }
         let total = state.totals.iter().find(|total| total.partition == head.partition).map_or(0, |total| total.total);
         if total != messages {
             broken.push(format!("once applied: partition {} adds up to {total} of {messages}", head.partition));
@@ -254,17 +322,22 @@ fn once_applied(state: &State, broken: &mut Vec<String>) {
             broken.push(format!("once applied: {progress:?} of {messages} messages up to {}", head.next_offset));
         }
     }
-    if state.left_behind > 0 {
-        broken.push(format!("once applied: {} rows of consumers that were dropped", state.left_behind));
-    }
 }
 
-/// A consumer that was dropped had applied each message at most once, in order.
+fn number<T>(of: impl Iterator<Item = T>) -> i64 {
+    i64::try_from(of.count()).expect("few")
+}
+
+/// A consumer that was dropped had applied each message at most once, and without gaps unless something failed.
 fn earlier_consumers(state: &State, broken: &mut Vec<String>) {
     let mut last: BTreeMap<(i32, i32), i64> = BTreeMap::new();
+    let mut places = BTreeSet::new();
     for effect in &state.applied {
         let before = last.insert((effect.consumer_id, effect.partition), effect.offset).unwrap_or(0);
-        if before + 1 != effect.offset {
+        let is_first = places.insert((effect.consumer_id, effect.partition, effect.offset));
+        let flows_on = state.failed.iter().any(|failure| failure.consumer_id == effect.consumer_id);
+        let has_gap = before + 1 != effect.offset && !flows_on && state.purged.is_empty();
+        if !is_first || has_gap {
             broken.push(format!("once applied: offset {} was applied after {before}", effect.offset));
         }
     }
