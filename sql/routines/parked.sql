@@ -96,7 +96,7 @@ begin
   is_alone := suspects and exists (
     select from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-      and k.is_suspect and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset);
+      and k.is_suspect and k.taken_by is null and k."offset" < take_parked.next_offset and k.due_at <= clock_timestamp());
   if is_alone then
     max := 1;
   end if;
