@@ -9,6 +9,8 @@ mod migrate;
 mod schema;
 pub mod sql;
 
+mod lease;
+
 mod consume;
 mod produce;
 mod relay;
@@ -27,9 +29,10 @@ pub mod embedded;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
-pub use consume::{BatchHandler, Consumed, Consumer, Failure, Handler, HandlerError};
+pub use consume::{BatchHandler, Consumed, Consumer, ExternalHandler, Failure, Handler, HandlerError};
 pub use database::{Database, Session};
 pub use error::{Error, ErrorKind, Remedy};
+pub use lease::Epoch;
 pub use message::{Message, MessageId, Offset, Partition, Received, Sent};
 pub use migrate::{Migration, migrate, migration_sql, planned_migration};
 pub use produce::Producer;

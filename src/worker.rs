@@ -31,6 +31,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(40);
 /// How long a stage sleeps at the most, should its bell not ring.
 const SLEEP_MAX: Duration = Duration::from_secs(10);
+/// The same for one that has leases to keep.
+const SLEEP_WITH_LEASES_MAX: Duration = Duration::from_secs(1);
 /// First wait after a failure; it doubles, with jitter, up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
 /// Longest wait after a failure.
@@ -220,6 +222,23 @@ impl Stage {
         }
     }
 
+    /// How long it sleeps at the most.
+    fn sleep_max(&self) -> Duration {
+        match &self.work {
+            Work::Consumer(consumer) if consumer.is_external() => SLEEP_WITH_LEASES_MAX,
+            Work::Relay(_) | Work::Consumer(_) => SLEEP_MAX,
+        }
+    }
+
+    /// Gives back what it holds beyond a step. Where that fails, others find out by themselves that it is free.
+    async fn release(&self, database: &Database) {
+        if let Work::Consumer(consumer) = &self.work
+            && let Err(error) = consumer.release(database, self.member.id()).await
+        {
+            tracing::debug!(stage.name = self.name(), error.kind = ?error.kind(), "kept its leases: {error}");
+        }
+    }
+
     /// One step; answers what it did, or nothing where there was nothing to do.
     async fn step(&self, database: &Database) -> Result<Report, Error> {
         match &self.work {
@@ -237,7 +256,7 @@ impl Stage {
                 }
                 let Consumed { applied, failed } = match done {
                     Some(done) => done,
-                    None => consumer.step_of_member(database).await?,
+                    None => consumer.step_of_member(database, self.member.id()).await?,
                 };
                 Ok(Report { moved: 0, applied, failed })
             }
@@ -278,7 +297,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
                     continue;
                 }
                 let wait = pause;
-                pause = if pause < PAUSE_MAX { (pause * 2).min(PAUSE_MAX) } else { SLEEP_MAX };
+                pause = if pause < PAUSE_MAX { (pause * 2).min(PAUSE_MAX) } else { stage.sleep_max() };
                 if failures.are_going_on() { wait.min(RETRY_MAX) } else { wait }
             }
             Err(error) => failures.add(stage.name(), error, &database).await?,
@@ -294,6 +313,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
         }
         awake.get_or_insert_with(|| stage.bells.awake());
     }
+    shutdown.or_aborted(stage.release(&database)).await;
     Ok(done)
 }
 

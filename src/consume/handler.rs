@@ -4,6 +4,7 @@ use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::task::Poll;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use tokio_postgres::{Row, Transaction};
@@ -96,7 +97,7 @@ impl<H: Handler> Each<H> {
     async fn handle(&self, batch: &OpenBatch<'_>, row: &Row) -> Result<(), Trouble> {
         let message = received(row)?;
         let culprit = Some(message.offset);
-        bounded(batch, culprit, self.0.handle(batch.transaction, message)).await
+        bounded(batch.consumer, batch.message_timeout, culprit, self.0.handle(batch.transaction, message)).await
     }
 }
 
@@ -138,7 +139,7 @@ impl<H: BatchHandler> Batch<H> {
         rows: impl Iterator<Item = &'r Row> + Send,
     ) -> Result<(), Trouble> {
         let messages = rows.map(received).collect::<Result<Vec<_>, _>>()?;
-        bounded(batch, None, self.0.handle(batch.transaction, messages)).await
+        bounded(batch.consumer, batch.message_timeout, None, self.0.handle(batch.transaction, messages)).await
     }
 }
 
@@ -191,8 +192,9 @@ impl Effect for Sql {
 }
 
 /// Runs a handler for as long as a message may take. A panic of it is a failure like any other.
-async fn bounded(
-    batch: &OpenBatch<'_>,
+pub(super) async fn bounded(
+    consumer: &str,
+    message_timeout: Duration,
     culprit: Option<Offset>,
     handling: impl Future<Output = Result<(), HandlerError>> + Send,
 ) -> Result<(), Trouble> {
@@ -205,8 +207,8 @@ async fn bounded(
         }
     });
     // A statement that is under way when the handler is dropped ends by itself: the session's statement_timeout is the same.
-    match tokio::time::timeout(batch.message_timeout, caught).await {
-        Ok(outcome) => outcome.map_err(|error| Trouble::of_handler(batch.consumer, culprit, error)),
-        Err(_) => Err(Trouble::timeout(culprit, batch.message_timeout)),
+    match tokio::time::timeout(message_timeout, caught).await {
+        Ok(outcome) => outcome.map_err(|error| Trouble::of_handler(consumer, culprit, error)),
+        Err(_) => Err(Trouble::timeout(culprit, message_timeout)),
     }
 }

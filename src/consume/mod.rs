@@ -8,6 +8,7 @@
 //! batch before has written.
 
 mod batch;
+mod external;
 mod failure;
 mod handler;
 
@@ -20,8 +21,11 @@ use uuid::Uuid;
 
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
+use crate::lease::Holder;
 
 use batch::{Content, Failed, OpenBatch, Scope};
+use external::External;
+pub use external::ExternalHandler;
 pub use failure::Failure;
 use failure::Trouble;
 use handler::Effect;
@@ -29,6 +33,8 @@ pub use handler::{BatchHandler, Handler, HandlerError};
 
 /// Messages that a step receives at the most, where nothing else is said.
 const BATCH_MESSAGES: i32 = 1_000;
+/// Messages that a step of an external consumer looks at, where nothing else is said.
+const EXTERNAL_BATCH_MESSAGES: i32 = 100;
 /// How long a message may take, where nothing else is said.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Steps without a failure after which batches are applied whole again.
@@ -39,11 +45,19 @@ const CAREFUL_STEPS: u32 = 8;
 /// Any number of steps may run at once, here or on other machines: each takes a partition that nobody is at.
 pub struct Consumer {
     name: String,
-    effect: Box<dyn Effect>,
+    effect: Place,
     batch_messages: i32,
     message_timeout: Duration,
     /// How many steps are still to be careful, since a message failed.
     caution: AtomicU32,
+}
+
+/// Where the effect of a consumer is.
+enum Place {
+    /// In the transaction that receives.
+    Transaction(Box<dyn Effect>),
+    /// Outside of the database, under a lease.
+    Outside(Box<External>),
 }
 
 /// What a step did.
@@ -93,17 +107,29 @@ impl Consumer {
         Self::sql(name, include_str!("../../sql/word_count.sql"))
     }
 
+    /// A consumer whose effect is outside of this database: at least once, with the message id as the idempotency key. It
+    /// must have been created as an external one: `create_consumer(…, kind => 'external')`.
+    #[must_use]
+    pub fn external<H: ExternalHandler>(name: impl Into<String>, handler: H) -> Self {
+        let outside = Place::Outside(Box::new(External::new(handler)));
+        Self::with_place(name, outside).batch_messages(EXTERNAL_BATCH_MESSAGES)
+    }
+
     fn with_effect(name: impl Into<String>, effect: impl Effect + 'static) -> Self {
+        Self::with_place(name, Place::Transaction(Box::new(effect)))
+    }
+
+    fn with_place(name: impl Into<String>, effect: Place) -> Self {
         Self {
             name: name.into(),
-            effect: Box::new(effect),
+            effect,
             batch_messages: BATCH_MESSAGES,
             message_timeout: MESSAGE_TIMEOUT,
             caution: AtomicU32::new(0),
         }
     }
 
-    /// Receives up to this many messages in a step, 1 to 10,000; 1,000 where nothing is said.
+    /// Receives up to this many messages in a step, 1 to 10,000; 1,000 where nothing is said, 100 for an external consumer.
     #[must_use]
     pub fn batch_messages(mut self, messages: i32) -> Self {
         self.batch_messages = messages;
@@ -114,6 +140,16 @@ impl Consumer {
     #[must_use]
     pub fn message_timeout(mut self, longest: Duration) -> Self {
         self.message_timeout = longest;
+        self
+    }
+
+    /// How long an external consumer keeps a partition without a word: so long others leave it alone. 30 s where nothing
+    /// is said. It is renewed in time, also while a handler is at work.
+    #[must_use]
+    pub fn lease(mut self, longest: Duration) -> Self {
+        if let Place::Outside(external) = &mut self.effect {
+            external.lease = longest;
+        }
         self
     }
 
@@ -135,12 +171,48 @@ impl Consumer {
     /// [`WrongConsumer`](ErrorKind::WrongConsumer); [`Handler`](ErrorKind::Handler) if the handler ended its transaction;
     /// errors of the database. The messages come again.
     pub async fn step(&self, database: &Database) -> Result<Consumed, Error> {
-        self.step_in(database, Scope { partition: None, messages_max: self.batch_messages, suspects: true }).await
+        match &self.effect {
+            Place::Transaction(effect) => self.step_in(&**effect, database, self.anywhere(true)).await,
+            Place::Outside(external) => self.step_outside(external, database, external.member).await,
+        }
     }
 
     /// The same for a member, which leaves to [`step_under_suspicion`](Self::step_under_suspicion) what may kill it.
-    pub(crate) async fn step_of_member(&self, database: &Database) -> Result<Consumed, Error> {
-        self.step_in(database, Scope { partition: None, messages_max: self.batch_messages, suspects: false }).await
+    pub(crate) async fn step_of_member(&self, database: &Database, member: Uuid) -> Result<Consumed, Error> {
+        match &self.effect {
+            Place::Transaction(effect) => self.step_in(&**effect, database, self.anywhere(false)).await,
+            Place::Outside(external) => self.step_outside(external, database, member).await,
+        }
+    }
+
+    /// Gives back the partitions of an external consumer that no step is at.
+    pub(crate) async fn release(&self, database: &Database, member: Uuid) -> Result<(), Error> {
+        match &self.effect {
+            Place::Transaction(_) => Ok(()),
+            Place::Outside(external) => external.release(self.holder(external, database, member)).await,
+        }
+    }
+
+    /// Whether its effect is outside of the database.
+    pub(crate) fn is_external(&self) -> bool {
+        matches!(self.effect, Place::Outside(_))
+    }
+
+    fn anywhere(&self, suspects: bool) -> Scope {
+        Scope { partition: None, messages_max: self.batch_messages, suspects }
+    }
+
+    async fn step_outside(&self, external: &External, database: &Database, member: Uuid) -> Result<Consumed, Error> {
+        let limits = external::Limits {
+            consumer: &self.name,
+            batch_messages: self.batch_messages,
+            message_timeout: self.message_timeout,
+        };
+        external.step(self.holder(external, database, member), limits).await
+    }
+
+    fn holder<'a>(&'a self, external: &External, database: &'a Database, member: Uuid) -> Holder<'a> {
+        Holder { database, consumer: &self.name, member, lease_ms: external.lease_ms() }
     }
 
     /// Tries what a process may have died of, a range that is written down first. Nothing where there is none to try.
@@ -149,6 +221,8 @@ impl Consumer {
         database: &Database,
         member: Uuid,
     ) -> Result<Option<Consumed>, Error> {
+        // Of an external one it is the leases that tell (`sql/routines/lease.sql`).
+        let Place::Transaction(effect) = &self.effect else { return Ok(None) };
         let session = database.session().await?;
         let statement = database.schema().sql(include_str!("../../sql/statements/take_suspicion.sql"));
         let range = session.query_typed(&statement, &[(&self.name, Type::TEXT), (&member, Type::UUID)]).await?;
@@ -162,15 +236,15 @@ impl Consumer {
             messages_max: messages.min(self.batch_messages),
             suspects: range.try_get("is_suspect")?,
         };
-        self.step_in(database, scope).await.map(Some)
+        self.step_in(&**effect, database, scope).await.map(Some)
     }
 
-    async fn step_in(&self, database: &Database, scope: Scope) -> Result<Consumed, Error> {
+    async fn step_in(&self, effect: &dyn Effect, database: &Database, scope: Scope) -> Result<Consumed, Error> {
         let is_careful = self.caution.load(Ordering::Relaxed) > 0;
-        let mut outcome = self.step_once(database, scope, is_careful).await;
+        let mut outcome = self.step_once(effect, database, scope, is_careful).await;
         if matches!(outcome, Err(Trouble::Message(_))) {
             self.caution.store(CAREFUL_STEPS, Ordering::Relaxed);
-            outcome = self.step_once(database, scope, true).await;
+            outcome = self.step_once(effect, database, scope, true).await;
         } else if is_careful && outcome.as_ref().is_ok_and(|consumed| consumed.applied > 0 || consumed.failed > 0) {
             let clean = outcome.as_ref().is_ok_and(|consumed| consumed.failed == 0);
             let steps = if clean { self.caution.load(Ordering::Relaxed).saturating_sub(1) } else { CAREFUL_STEPS };
@@ -183,7 +257,13 @@ impl Consumer {
         })
     }
 
-    async fn step_once(&self, database: &Database, scope: Scope, is_careful: bool) -> Result<Consumed, Trouble> {
+    async fn step_once(
+        &self,
+        effect: &dyn Effect,
+        database: &Database,
+        scope: Scope,
+        is_careful: bool,
+    ) -> Result<Consumed, Trouble> {
         let mut session = database.session().await?;
         let transaction = session.transaction().await?;
         let batch = OpenBatch {
@@ -193,14 +273,14 @@ impl Consumer {
             scope,
             message_timeout: self.message_timeout,
         };
-        let content = self.effect.receive(&batch).await?;
+        let content = effect.receive(&batch).await?;
         let mut consumed = Consumed { applied: content.messages(), failed: 0 };
         if !content.is_empty() {
             if is_careful || content.has_failed_before()? {
-                let failed = self.apply_in_slices(&batch, &content).await?;
+                let failed = self.apply_in_slices(effect, &batch, &content).await?;
                 consumed.applied -= failed.withdrawn.len() as u64;
                 consumed.failed = failed.messages;
-            } else if let Err(trouble) = self.effect.apply(&batch, &content).await {
+            } else if let Err(trouble) = effect.apply(&batch, &content).await {
                 if matches!(trouble, Trouble::Message(_)) {
                     transaction.rollback().await?;
                     session.give_back();
@@ -220,7 +300,12 @@ impl Consumer {
     }
 
     /// Applies a batch in parts, each behind a savepoint, so that what fails takes nothing else along.
-    async fn apply_in_slices(&self, batch: &OpenBatch<'_>, content: &Content) -> Result<Failed, Trouble> {
+    async fn apply_in_slices(
+        &self,
+        effect: &dyn Effect,
+        batch: &OpenBatch<'_>,
+        content: &Content,
+    ) -> Result<Failed, Trouble> {
         let mut failed = Failed::default();
         let mut slices = batch.slices(content).await?;
         slices.reverse();
@@ -230,7 +315,7 @@ impl Consumer {
                 continue;
             }
             batch.set_savepoint().await?;
-            match self.effect.apply_slice(batch, &slice).await {
+            match effect.apply_slice(batch, &slice).await {
                 Ok(part) => {
                     batch.release_savepoint().await?;
                     failed.add(part);

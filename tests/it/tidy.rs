@@ -16,6 +16,7 @@ const FLOORS: &[&[&str]] = &[
     &["schema", "connect"],
     &["migrate"],
     &["database", "sql"],
+    &["lease"],
     &["produce", "relay", "consume", "topic"],
     &["shutdown"],
     &["watch", "member"],

@@ -1,0 +1,1 @@
+select outcome from pgonce.release($1, $2, $3)
