@@ -39,7 +39,9 @@ pub use produce::Producer;
 pub use relay::{Relay, Relayed};
 pub use schema::{Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Schema, check_version, installed};
 pub use shutdown::Shutdown;
-pub use topic::{ConsumerSettings, FailurePolicy, StartAt, TopicSettings, create_consumer, create_topic, process_once};
+pub use topic::{
+    ConsumerKind, ConsumerSettings, FailurePolicy, StartAt, TopicSettings, create_consumer, create_topic, process_once,
+};
 pub use worker::{Report, Worker};
 
 /// The Rust of the guide is compiled with the tests of the documentation.

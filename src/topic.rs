@@ -33,6 +33,8 @@ pub enum StartAt {
 pub struct ConsumerSettings {
     /// Where it begins; an existing consumer stays where it is.
     pub start_at: StartAt,
+    /// Where its effect is; [`Transactional`](ConsumerKind::Transactional). It cannot change later.
+    pub kind: Option<ConsumerKind>,
     /// What waits while a message that failed is tried again; [`ParkKey`](FailurePolicy::ParkKey). It cannot change later.
     pub failure_policy: Option<FailurePolicy>,
     /// After so many failed attempts a message becomes a dead letter, 1 to 1000; 10.
@@ -42,6 +44,27 @@ pub struct ConsumerSettings {
     pub backoff_min_ms: Option<i32>,
     /// Longest wait after any failed attempt in milliseconds, up to a day; 30,000.
     pub backoff_max_ms: Option<i32>,
+}
+
+/// Where the effect of a consumer is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ConsumerKind {
+    /// In this database, in one transaction with the offset.
+    #[default]
+    Transactional,
+    /// Elsewhere, under a lease, at least once.
+    External,
+}
+
+impl ConsumerKind {
+    /// Its name in SQL.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Transactional => "transactional",
+            Self::External => "external",
+        }
+    }
 }
 
 /// What waits while a message that failed is tried again.
@@ -95,8 +118,8 @@ pub async fn create_topic<C: GenericClient>(
 /// # Errors
 ///
 /// [`UnknownTopic`](crate::ErrorKind::UnknownTopic); [`Invalid`](crate::ErrorKind::Invalid) settings;
-/// [`Conflict`](crate::ErrorKind::Conflict) if it is bound to another topic or has another failure policy; errors of the
-/// database.
+/// [`Conflict`](crate::ErrorKind::Conflict) if it is bound to another topic, is of another kind or has another failure
+/// policy; errors of the database.
 pub async fn create_consumer<C: GenericClient>(
     client: &C,
     schema: &Schema,
@@ -119,6 +142,7 @@ pub async fn create_consumer<C: GenericClient>(
                 (&settings.attempts_max, Type::INT4),
                 (&settings.backoff_min_ms, Type::INT4),
                 (&settings.backoff_max_ms, Type::INT4),
+                (&settings.kind.map(ConsumerKind::name), Type::TEXT),
             ],
         )
         .await?;

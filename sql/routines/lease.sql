@@ -172,7 +172,7 @@ begin
     -- Looked at again under the lock.
     select l.* into strict lease from pgonce.leases l where l.consumer_id = reader.consumer_id and l.partition = target;
     continue when not pgonce.is_free(lease);
-    if lease.owner is not null then
+    if lease.owner <> acquire.member_id then
       if lease.tried_offset is not null then
         perform pgonce.count_failure(
           reader, target, lease.tried_offset, 'whoever tried it died, or took longer than its lease', false, null, false);

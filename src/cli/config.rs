@@ -257,6 +257,7 @@ impl ConsumerEntry {
     /// How it is created, and what an existing one is to be.
     pub(super) fn settings(&self) -> ConsumerSettings {
         ConsumerSettings {
+            kind: None,
             start_at: self.start_at.into(),
             failure_policy: self.failure_policy.map(Into::into),
             attempts_max: self.attempts_max,

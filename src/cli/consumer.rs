@@ -97,6 +97,7 @@ impl Consumer {
                 let installed = connection.installed().await?;
                 let schema = installed.schema();
                 let settings = ConsumerSettings {
+                    kind: None,
                     start_at: start_at.into(),
                     failure_policy: failures.failure_policy.map(Into::into),
                     attempts_max: failures.attempts_max,

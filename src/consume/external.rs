@@ -129,7 +129,9 @@ struct AtHand<'a> {
 
 impl Drop for AtHand<'_> {
     fn drop(&mut self) {
-        if let Some(place) = self.external.held().partitions.get_mut(&self.lease.partition) {
+        let mut held = self.external.held();
+        // Not where it was acquired anew meanwhile, and another loop is at it.
+        if let Some(place) = held.partitions.get_mut(&self.lease.partition).filter(|p| p.epoch == self.lease.epoch) {
             place.is_at_hand = false;
         }
     }

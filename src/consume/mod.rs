@@ -108,7 +108,7 @@ impl Consumer {
     }
 
     /// A consumer whose effect is outside of this database: at least once, with the message id as the idempotency key. It
-    /// must have been created as an external one: `create_consumer(…, kind => 'external')`.
+    /// must have been created as such ([`ConsumerKind`](crate::ConsumerKind)).
     #[must_use]
     pub fn external<H: ExternalHandler>(name: impl Into<String>, handler: H) -> Self {
         let outside = Place::Outside(Box::new(External::new(handler)));

@@ -4,8 +4,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use pgonce::{
-    Consumer, Database, Epoch, ExternalHandler, Failure, HandlerError, Message, Producer, Received, Schema, Shutdown,
-    Worker,
+    Consumer, ConsumerKind, ConsumerSettings, Database, Epoch, ErrorKind, ExternalHandler, Failure, HandlerError,
+    Message, Producer, Received, Schema, Shutdown, Worker, create_consumer,
 };
 use serde_json::{Value, json};
 use tokio_postgres::Client;
@@ -158,6 +158,11 @@ async fn the_verbs_of_one_kind_refuse_the_other() {
         assert_eq!(sqlstate(&client, &above).await, "PO010", "{verb}");
         client.batch_execute("rollback").await.expect("rolled back");
     }
+    let (schema, external) = (Schema::default(), Some(ConsumerKind::External));
+    let settings = ConsumerSettings { kind: external, ..ConsumerSettings::default() };
+    create_consumer(&client, &schema, "c", Some(TOPIC), settings).await.expect("as it is");
+    let error = create_consumer(&client, &schema, "another", Some(TOPIC), settings).await;
+    assert_eq!(error.expect_err("transactional").kind(), ErrorKind::Conflict);
     client.batch_execute("select pgonce.drop_consumer('c')").await.expect("dropped");
     assert_eq!(number(&client, "select count(*) from pgonce.leases").await, 0);
 }

@@ -295,6 +295,139 @@ begin
   return got;
 end $$;
 
+-- What a member of an external consumer has at hand. Leases are for a moment, so that anybody may acquire at any time.
+create table test.hands (
+  consumer text not null,
+  member integer not null,
+  partition integer not null,
+  epoch bigint not null,
+  offsets bigint[] not null,
+  was_parked boolean,
+  primary key (consumer, member)
+);
+
+create table test.epochs (
+  consumer text not null,
+  partition integer not null,
+  epoch bigint not null,
+  unique (consumer, partition, epoch)
+);
+comment on table test.epochs is 'Every acquisition, in its transaction.';
+
+create function test.break_promise(consumer text, words text)
+returns void
+language sql
+as $$
+  insert into test.broken (topic, words)
+  select t.topic, break_promise.words from pgonce.consumers c join pgonce.topics t using (topic_id)
+  where c.consumer = break_promise.consumer
+$$;
+
+create function test.acquire(consumer text, member integer)
+returns bigint
+language plpgsql
+as $$
+declare
+  got pgonce.acquired;
+begin
+  select a.* into got
+  from pgonce.acquire(acquire.consumer, ('00000000-0000-4000-8000-00000000000' || acquire.member)::uuid, 1, 1) a;
+  if got.epoch is null then
+    return null;
+  end if;
+  insert into test.epochs values (acquire.consumer, got.partition, got.epoch) on conflict do nothing;
+  if not found then
+    perform test.break_promise(acquire.consumer, format('epoch %s was given twice', got.epoch));
+  end if;
+  insert into test.hands as h values (acquire.consumer, acquire.member, got.partition, got.epoch, '{}')
+  on conflict on constraint hands_pkey do update set epoch = excluded.epoch, partition = excluded.partition, offsets = '{}';
+  perform test.peek(acquire.consumer, acquire.member);
+  return got.epoch;
+end $$;
+
+create function test.peek(consumer text, member integer)
+returns bigint[]
+language plpgsql
+as $$
+declare
+  hand test.hands;
+begin
+  select h.* into hand from test.hands h where h.consumer = peek.consumer and h.member = peek.member;
+  select coalesce(array_agg(p."offset"), '{}'), bool_or(p.was_parked) into hand.offsets, hand.was_parked
+  from pgonce.peek(peek.consumer, hand.partition, hand.epoch) p
+  where hand.epoch is not null;
+  update test.hands h set offsets = hand.offsets, was_parked = hand.was_parked
+  where h.consumer = peek.consumer and h.member = peek.member;
+  return hand.offsets;
+end $$;
+
+-- Whether what was answered may be: under the lock, or it was refused.
+create function test.check_epoch(hand test.hands, outcome text)
+returns void
+language plpgsql
+as $$
+begin
+  if outcome in ('acked', 'parked', 'dead') and hand.epoch <> (
+    select l.epoch from pgonce.leases l
+    where l.consumer_id = test.id_of(hand.consumer) and l.partition = hand.partition) then
+    perform test.break_promise(hand.consumer, format('%s under epoch %s, which is over', outcome, hand.epoch));
+  end if;
+end $$;
+
+create function test.ack(consumer text, member integer)
+returns text
+language plpgsql
+as $$
+declare
+  hand test.hands;
+  upto bigint;
+  outcome text;
+  outcomes text[] := '{}';
+begin
+  select h.* into hand from test.hands h where h.consumer = ack.consumer and h.member = ack.member;
+  if hand.epoch is null then
+    return null;
+  end if;
+  for i in 1 .. case when hand.was_parked then cardinality(hand.offsets) else least(cardinality(hand.offsets), 1) end loop
+    upto := hand.offsets[case when hand.was_parked then i else cardinality(hand.offsets) end];
+    select a.outcome into strict outcome
+    from pgonce.ack(ack.consumer, hand.partition, hand.epoch, hand.offsets[i], upto) a;
+    perform test.check_epoch(hand, outcome);
+    if outcome = 'acked' then
+      insert into test.applied (consumer_id, partition, "offset", message_id, key)
+      select test.id_of(ack.consumer), q.partition, q."offset", q.message_id, q.key
+      from pgonce.queue q
+      join pgonce.consumers c using (topic_id)
+      where c.consumer = ack.consumer and q.partition = hand.partition and q."offset" = any (hand.offsets)
+        and q."offset" between hand.offsets[i] and upto
+      order by q."offset";
+      insert into test.totals as t (consumer_id, partition, total)
+      select test.id_of(ack.consumer), hand.partition, count(*) from unnest(hand.offsets) o where o between hand.offsets[i] and upto
+      on conflict (consumer_id, partition) do update set total = t.total + excluded.total;
+    end if;
+    outcomes := outcomes || outcome;
+  end loop;
+  return array_to_string(outcomes, ' ');
+end $$;
+
+create function test.nack(consumer text, member integer)
+returns text
+language plpgsql
+as $$
+declare
+  hand test.hands;
+  outcome text;
+begin
+  select h.* into hand from test.hands h where h.consumer = nack.consumer and h.member = nack.member;
+  if cardinality(hand.offsets) = 0 then
+    return null;
+  end if;
+  select n.outcome into strict outcome
+  from pgonce.nack(nack.consumer, hand.partition, hand.epoch, hand.offsets[1], 'as the specification says') n;
+  perform test.check_epoch(hand, outcome);
+  return outcome;
+end $$;
+
 create procedure test.drain(topic text, consumer text, rounds_max integer)
 language plpgsql
 as $$
@@ -308,7 +441,14 @@ begin
     select coalesce(sum(r.moved), 0) into strict moved from pgonce.relay(drain.topic) r;
     commit;
     perform test.make_due(drain.consumer);
-    got := test.apply(drain.consumer);
+    if (select c.kind from pgonce.consumers c where c.consumer = drain.consumer) = 'external' then
+      perform test.acquire(drain.consumer, 9);
+      commit;
+      perform test.ack(drain.consumer, 9);
+      select l.lag + l.parked into strict got from pgonce.consumer_lag l where l.consumer = drain.consumer;
+    else
+      got := test.apply(drain.consumer);
+    end if;
     commit;
     -- Once a receive may do nothing but leave out what is parked ahead; then the next one finds it.
     idle := case when moved = 0 and got = 0 then idle + 1 else 0 end;

@@ -66,6 +66,8 @@ macro_rules! specifications {
 }
 
 specifications! {
+    ack_and_acquire,
+    acquire_and_acquire,
     cancel_and_duplicate,
     cancel_and_relay,
     cancel_repeatable_read,
@@ -105,6 +107,7 @@ specifications! {
     late_commit_pair,
     long_open,
     long_open_rolled_back,
+    nack_and_acquire,
     pause,
     producers_repeatable_read,
     producers_serializable,

@@ -82,7 +82,11 @@ impl Step {
 
     /// Whether it is a call of a verb that never waits for anybody.
     pub(crate) fn never_waits(&self) -> bool {
-        !self.sql.contains(":apply_behind_gate") && (self.relays() || self.sql.contains("apply"))
+        !self.sql.contains(":apply_behind_gate") && (self.relays() || self.sql.contains("apply") || self.uses_a_lease())
+    }
+
+    fn uses_a_lease(&self) -> bool {
+        ["test.acquire", "test.peek", "test.ack", "test.nack"].iter().any(|name| self.sql.contains(name))
     }
 
     /// Whether it calls the relay.
