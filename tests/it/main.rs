@@ -18,6 +18,7 @@ mod documents;
 mod dump;
 mod enqueue;
 mod fail;
+mod fail_model;
 mod lease;
 mod migrate;
 mod misuse;
