@@ -477,6 +477,7 @@ begin
   )
   select jsonb_build_object(
     'consumer_id', h.consumer_id,
+    'is_external', exists (select from pgonce.leases l where l.consumer_id = h.consumer_id),
     'ledger', (select coalesce(jsonb_agg(l order by l."position"), '[]') from test.ledger l where l.topic = state.topic),
     'taken_back', (select coalesce(jsonb_agg(b.message_id), '[]') from test.taken_back b where b.topic = state.topic),
     'queue', (
