@@ -115,8 +115,9 @@ impl Worker {
     /// Runs all stages until `shutdown` asks to stop, or one of them fails in a way that time does not mend (an unknown
     /// topic, no schema) or panics; then all are stopped softly, and that error is returned.
     ///
-    /// Failures that time may mend (no connection, a server that restarts, a handler's error) are logged and tried again,
-    /// after 0.1 s at first and 5 s at the most. Dropping the future drops the batches at hand.
+    /// Failures that time may mend (no connection, a server that restarts, a table that a handler misses) are logged and
+    /// tried again, after 0.1 s at first and 5 s at the most. Messages that fail are the consumers' affair, whatever their
+    /// handlers do. Dropping the future drops the batches at hand.
     ///
     /// # Errors
     ///
@@ -178,7 +179,7 @@ impl Worker {
                 is_over.cancel();
             }
             let ended = ended.unwrap_or_else(|panicked| {
-                Err(Error::new(ErrorKind::Defect, "a handler or a stage of the worker panicked").with_source(panicked))
+                Err(Error::new(ErrorKind::Defect, "a stage of the worker panicked").with_source(panicked))
             });
             match ended {
                 Ok(part) => {
