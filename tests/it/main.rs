@@ -17,6 +17,7 @@ mod dead_letter;
 mod documents;
 mod dump;
 mod enqueue;
+mod external;
 mod fail;
 mod fail_model;
 mod lease;
