@@ -1,7 +1,7 @@
 //! Probes: what tests ask of a database, and how they wait until it answers what they expect.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pgonce::{
     Consumer, ConsumerSettings, Database, Error, Message, Relay, Schema, TopicSettings, create_consumer, create_topic,
@@ -17,14 +17,16 @@ const DRAIN_ROUNDS_MAX: usize = 2_000;
 
 /// Looks again and again until there is an answer.
 pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + WAIT_MAX;
-    loop {
-        if let Some(answer) = look().await {
-            return answer;
+    let looking = async {
+        loop {
+            if let Some(answer) = look().await {
+                return answer;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
-        assert!(Instant::now() < deadline, "not within {} s: {what}", WAIT_MAX.as_secs());
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
+    };
+    let answer = tokio::time::timeout(WAIT_MAX, looking).await;
+    answer.unwrap_or_else(|_elapsed| panic!("not within {} s: {what}", WAIT_MAX.as_secs()))
 }
 
 /// The one number that a query answers.
