@@ -24,43 +24,65 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-  ranges integer[] := array[1, cardinality(offsets)];
-  first integer;
-  last integer;
+  rest bigint[] := offsets;
+  longest integer := 100;
+  next integer := longest;
+  tried integer;
+  suspect bigint;
+  mark bigint;
+  looked_at bigint;
+  collects boolean := false;
   state text;
   message text;
   failure pgonce.failed;
   answer pgonce.tried := (0, '{}');
 begin
-  while cardinality(ranges) > 0 loop
-    -- The first range comes first: a key keeps its order.
-    first := ranges[1];
-    last := ranges[2];
-    ranges := ranges[3:];
-    -- Over no message at all the statements may fail as well, and nobody is to blame.
-    continue when offsets[first:last] <@ answer.withdrawn;
-    perform set_config('pgonce_batch.first_offset', offsets[first]::text, true),
-            set_config('pgonce_batch.last_offset', offsets[last]::text, true);
+  perform set_config('pgonce_batch.is_traced', 'true', true);
+  -- From the front, so that a key keeps its order.
+  while cardinality(rest) > 0 loop
+    tried := least(next, cardinality(rest));
+    perform set_config('pgonce_batch.first_offset', rest[1]::text, true),
+            set_config('pgonce_batch.last_offset', rest[tried]::text, true),
+            set_config('pgonce_batch.has_gaps', (rest[tried] - rest[1] + 1 <> tried)::text, true);
+    mark := nextval('pgonce.looks');
     begin
       -- A failure puts back the path, with all else.
       perform set_config('search_path', path, true);
       execute statements;
       perform set_config('search_path', 'pg_catalog, pg_temp', true);
+      rest := rest[tried + 1:];
+      collects := false;
+      next := case when rest[1] = suspect then 1 else least(longest, 2 * tried) end;
     exception when others then
       get stacked diagnostics state = returned_sqlstate, message = message_text;
       if state in ('40001', '40P01', '55P03', '25006')
         or left(state, 2) in ('08', '0A', '2D', '3D', '3F', '42', '53', '57', '58', 'F0', 'XX') then
         -- No message is to blame: the connection, the server, another transaction, or the statements themselves.
         raise;
-      elsif first < last then
-        ranges := array[first, (first + last) / 2, (first + last) / 2 + 1, last] || ranges;
-      else
-        select f.* into strict failure from pgonce.fail(consumer, partition, offsets[first], message || ' (' || state || ')') f;
+      elsif tried = 1 then
+        select f.* into strict failure
+        from pgonce.fail(consumer, partition, rest[1], message || ' (' || state || ')', state = 'PO013') f;
         answer.failed := answer.failed + 1;
         answer.withdrawn := answer.withdrawn || failure.withdrawn;
+        rest := case when cardinality(failure.withdrawn) = 1 then rest[2:]
+          else array(select r from unnest(rest) r where r <> all (failure.withdrawn) order by r) end;
+        next := longest;
+      else
+        -- Most plans fail at the row that they looked at last: it is tried by itself, once those in front of it are
+        -- applied. Others collect all rows first, so that the last one says nothing; for them only small parts do.
+        looked_at := (nextval('pgonce.looks') - mark - 2) % tried + 1;
+        if looked_at between 1 and tried - collects::integer then
+          collects := looked_at = tried;
+          suspect := rest[looked_at];
+          next := greatest(looked_at - 1, 1);
+        else
+          longest := least(longest, 16);
+          next := least(longest, tried / 2);
+        end if;
       end if;
     end;
   end loop;
+  perform set_config('pgonce_batch.is_traced', 'false', true);
   return next answer;
 end $$;
-comment on function pgonce.try_statements is 'Runs the statements of an sql consumer over some messages of the batch that is open. Where they fail, it halves, until it knows which messages fail by themselves, and calls fail for these. Answers how many they are, and what the transaction has no longer received. path is what the statements find their tables by.';
+comment on function pgonce.try_statements is 'Runs the statements of an sql consumer over some messages of the batch that is open. Where they fail, it finds out which messages fail by themselves, and calls fail for these, as permanent where they raised the SQLSTATE PO013. Answers how many they are, and what the transaction has no longer received. path is what the statements find their tables by.';

@@ -14,15 +14,22 @@
 -- Locks: the offset lock of the partition, for which it waits. Indexes: the primary keys of parked, progress, queue and
 -- processed_ids; parked_key.
 
-create or replace function pgonce.backoff(reader pgonce.consumers, attempts integer)
-returns interval
+create or replace function pgonce.next_attempt_at(reader pgonce.consumers, attempts integer)
+returns timestamptz
 language plpgsql volatile
 as $$
+declare
+  longest constant interval :=
+    least(reader.backoff_max_ms, reader.backoff_min_ms * 2.0 ^ least(attempts - 1, 40)) * interval '1 millisecond';
+  grid constant interval := reader.backoff_min_ms / 2.0 * interval '1 millisecond';
 begin
   -- Full jitter: anything between nothing and the exponential, so that what failed together does not come back together.
-  return random() * least(reader.backoff_max_ms, reader.backoff_min_ms * 2.0 ^ least(attempts - 1, 40)) * interval '1 millisecond';
+  -- But in steps: a batch for each message that is due would cost more than the messages.
+  return least(
+    date_bin(grid, clock_timestamp() + random() * longest + grid, timestamptz 'epoch'),
+    clock_timestamp() + longest);
 end $$;
-comment on function pgonce.backoff is 'Internal: how long a message waits after so many failed attempts.';
+comment on function pgonce.next_attempt_at is 'Internal: when a message is due again after so many failed attempts.';
 
 create or replace function pgonce.count_failure(
   reader pgonce.consumers, partition integer, "offset" bigint, error text, permanent boolean, retry_at timestamptz,
@@ -104,12 +111,15 @@ begin
     perform pgonce.release_next(reader.consumer_id, partition, array[message.key]);
     answer.outcome := 'dead';
   else
-    message.due_at := coalesce(retry_at, clock_timestamp() + pgonce.backoff(reader, message.attempts));
+    message.due_at := coalesce(retry_at, pgonce.next_attempt_at(reader, message.attempts));
     insert into pgonce.parked as p values (message.*)
     on conflict (consumer_id, partition, "offset") do update
     set attempts = excluded.attempts, due_at = excluded.due_at, error = excluded.error, taken_by = null;
     answer.outcome := 'parked';
-    if reader.failure_policy = 'park_key' then
+    if reader.failure_policy = 'park_key' and exists (
+      select from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = count_failure.partition and k.key = message.key
+        and k."offset" <> message."offset") then
       perform pgonce.hold_back(reader.consumer_id, partition, array[message.key]);
     end if;
     if is_own and reader.failure_policy <> 'skip' then
@@ -207,7 +217,7 @@ begin
       select from pgonce.processed_ids r
       where r.consumer_id = reader.consumer_id and r.message_id = q.message_id
         and r.partition = q.partition and r."offset" = q."offset");
-  if reader.failure_policy = 'park_key' then
+  if reader.failure_policy = 'park_key' and cardinality(received) > 0 then
     insert into pgonce.parked (
       "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, payload, headers)
     select q."offset", q.enqueued_at, reader.consumer_id, q.partition, 0, q.bytes, q.message_id, q.key, q.payload, q.headers

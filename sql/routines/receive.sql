@@ -70,7 +70,8 @@ comment on function pgonce.open_messages is 'What the view received shows. A fun
 
 create or replace view pgonce.received as
 select m.consumer, m.partition, m."offset", m.message_id, m.key, m.payload, m.headers, m.enqueued_at, m.attempt
-from pgonce.open_messages() m;
+from pgonce.open_messages() m
+where (select current_setting('pgonce_batch.is_traced', true) is distinct from 'true') or nextval('pgonce.looks') > 0;
 comment on view pgonce.received is 'The messages that open_batch received in this transaction: what the statements of an sql consumer read. Empty outside such a transaction.';
 
 create or replace function pgonce.newest_progress(consumer_id integer, partition integer)

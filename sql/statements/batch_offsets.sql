@@ -1,3 +1,2 @@
-select r.partition, r."offset", r.attempt
+select pg_catalog.min(r.partition) as partition, pg_catalog.array_agg(r."offset" order by r."offset") as offsets
 from pgonce.received r
-order by r."offset"

@@ -172,30 +172,29 @@ impl OpenBatch<'_> {
         Ok(Failed { messages: failed.unsigned_abs().into(), withdrawn: withdrawn.into_iter().collect() })
     }
 
-    /// The batch in small parts, in its order. What failed before, and will do so again as likely as not, stands alone.
+    /// The batch in parts, in its order: small ones, and what failed before, and will do so again as likely as not, by
+    /// itself. Of a batch whose payloads stay in the server it is the server that finds out what fails: that is one part.
     pub(super) async fn slices<'c>(&self, content: &'c Content) -> Result<Vec<Slice<'c>>, Error> {
         let mut slices: Vec<Slice<'c>> = Vec::new();
-        let mut add = |partition: i32, offset: i64, attempt: i32, row: Option<&'c Row>| {
-            let is_alone = attempt > 1;
-            let is_full = |slice: &Slice<'_>| slice.is_alone || slice.offsets.len() >= SLICE_MESSAGES;
-            if is_alone || slices.last().is_none_or(is_full) {
-                slices.push(Slice { partition: Partition(partition), offsets: Vec::new(), rows: Vec::new(), is_alone });
-            }
-            let slice = slices.last_mut().expect("there is one");
-            slice.offsets.push(offset);
-            slice.rows.extend(row);
-        };
         match content {
             Content::Rows(rows) => {
                 for row in rows {
-                    add(row.try_get("partition")?, row.try_get("offset")?, row.try_get("attempt")?, Some(row));
+                    let is_alone = row.try_get::<_, i32>("attempt")? > 1;
+                    let is_full = |slice: &Slice<'_>| slice.is_alone || slice.offsets.len() >= SLICE_MESSAGES;
+                    if is_alone || slices.last().is_none_or(is_full) {
+                        let partition = Partition(row.try_get("partition")?);
+                        slices.push(Slice { partition, offsets: Vec::new(), rows: Vec::new(), is_alone });
+                    }
+                    let slice = slices.last_mut().expect("there is one");
+                    slice.offsets.push(row.try_get("offset")?);
+                    slice.rows.push(row);
                 }
             }
             Content::Opened { .. } => {
                 let statement = self.database.schema().sql(include_str!("../../sql/statements/batch_offsets.sql"));
-                for row in self.transaction.query_typed(&statement, &[]).await? {
-                    add(row.try_get("partition")?, row.try_get("offset")?, row.try_get("attempt")?, None);
-                }
+                let row = self.transaction.query_typed_one(&statement, &[]).await?;
+                let partition = Partition(row.try_get("partition")?);
+                slices.push(Slice { partition, offsets: row.try_get("offsets")?, rows: Vec::new(), is_alone: false });
             }
         }
         Ok(slices)
@@ -261,16 +260,19 @@ impl<'a> Slice<'a> {
         self
     }
 
-    /// Its two halves.
-    pub(super) fn halves(&self) -> [Self; 2] {
-        let middle = self.offsets.len() / 2;
-        let part = |range: std::ops::Range<usize>| Self {
-            partition: self.partition,
-            offsets: self.offsets[range.clone()].to_vec(),
-            rows: self.rows.get(range).map(<[&'a Row]>::to_vec).unwrap_or_default(),
-            is_alone: false,
+    /// Smaller ones, in its order: the two halves of a small one.
+    pub(super) fn parts(&self) -> Vec<Self> {
+        let size = SLICE_MESSAGES.min(self.offsets.len().div_ceil(2));
+        let part = |from: usize| {
+            let range = from..self.offsets.len().min(from + size);
+            Self {
+                partition: self.partition,
+                offsets: self.offsets[range.clone()].to_vec(),
+                rows: self.rows.get(range).map(<[&'a Row]>::to_vec).unwrap_or_default(),
+                is_alone: false,
+            }
         };
-        [part(0..middle), part(middle..self.offsets.len())]
+        (0..self.offsets.len()).step_by(size).map(part).collect()
     }
 }
 

@@ -11,6 +11,9 @@ use crate::message::Offset;
 /// Longest error text that is stored, in bytes.
 const TEXT_BYTES_MAX: usize = 4_000;
 
+/// What statements raise to say that a message will never succeed.
+const PERMANENT: &str = "PO013";
+
 /// An error that says when its message is to be tried again: never, or at a certain time. Any other error is tried again
 /// after the consumer's backoff.
 ///
@@ -44,7 +47,8 @@ pub(super) enum Verdict {
 }
 
 impl Failure {
-    /// The message will never succeed: it becomes a dead letter at once.
+    /// The message will never succeed: it becomes a dead letter at once. Statements say the same by the SQLSTATE `PO013`:
+    /// `raise exception using errcode = 'PO013', message = …`.
     #[must_use]
     pub fn permanent(error: impl Into<HandlerError>) -> Self {
         Self { error: error.into(), verdict: Verdict::Permanent }
@@ -100,7 +104,8 @@ impl Trouble {
             return Self::Elsewhere(Error::new(kind, message).with_source(error));
         }
         let text = text_of(&*error);
-        let verdict = error.downcast::<Failure>().map(|failure| failure.verdict).unwrap_or_default();
+        let by_code = if is_permanent(&*error) { Verdict::Permanent } else { Verdict::Retry };
+        let verdict = error.downcast::<Failure>().map_or(by_code, |failure| failure.verdict);
         Self::Message(Blame { culprit, text, verdict })
     }
 
@@ -160,6 +165,12 @@ fn kind_elsewhere(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
         next = error.source();
     }
     None
+}
+
+/// Whether the database said so, with the SQLSTATE that `try_statements` knows as well.
+fn is_permanent(error: &(dyn StdError + 'static)) -> bool {
+    let error = error.downcast_ref::<tokio_postgres::Error>();
+    error.and_then(tokio_postgres::Error::code).is_some_and(|code| code.code() == PERMANENT)
 }
 
 /// SQLSTATEs for which no message is to blame, as `try_statements` has them: the connection, the server, another

@@ -162,7 +162,7 @@ impl Consumer {
     /// Applies what is there in one partition, up to a batch of messages or 8 MiB. Dropping the future is safe: the
     /// batch either committed or did not.
     ///
-    /// Where a message fails, the batch is applied once more, in small parts: what fails by itself is parked or becomes a
+    /// Where a message fails, the batch is applied once more, in parts: what fails by itself is parked or becomes a
     /// dead letter, all else is applied. So are the next few batches, since failures seldom come alone.
     ///
     /// # Errors
@@ -335,8 +335,7 @@ impl Consumer {
                         slices.push(slice);
                     } else {
                         batch.roll_back().await?;
-                        let [first, second] = slice.halves();
-                        slices.extend([second, first]);
+                        slices.extend(slice.parts().into_iter().rev());
                     }
                 }
                 Err(elsewhere) => return Err(elsewhere),

@@ -31,6 +31,7 @@ async fn obey(transaction: &Transaction<'_>, message: Received<Value>) -> Result
     match message.payload["fails"].as_str() {
         None => Ok(()),
         Some("permanently") => Err(Failure::permanent("never").into()),
+        Some("by code") => Ok(transaction.execute("select refuse()", &[]).await.map(drop)?),
         Some("later") => Err(Failure::retry_at(SystemTime::UNIX_EPOCH, "not yet").into()),
         Some("divide") => Ok(transaction.execute("select 1 / 0", &[]).await.map(drop)?),
         Some("sleep") => Ok(transaction.execute("select pg_sleep(20)", &[]).await.map(drop)?),
@@ -192,6 +193,48 @@ async fn an_error_can_say_that_it_is_permanent_or_when_to_try_again() {
     assert_eq!(texts(&client, APPLIED).await.join(" "), "a1 b2");
     assert_eq!(texts(&client, "select (due_at < now())::text from pgonce.parked").await, ["true"]);
     assert_eq!(number(&client, "select attempts::bigint from pgonce.parked").await, 1);
+}
+
+#[tokio::test]
+async fn statements_say_by_their_sqlstate_that_an_error_is_permanent() {
+    let refuse = "create function refuse() returns text language plpgsql
+        as $$ begin raise exception using errcode = 'PO013', message = 'never'; end $$";
+    let sql =
+        "insert into applied (text) select case when payload ? 'fails' then refuse() else message_id end from received";
+    let [each, batch, _] = consumers();
+    for consumer in [each, batch, Consumer::sql(CONSUMER, sql)] {
+        let (_database, client, pool) = world("park_key", "a1").await;
+        client.batch_execute(refuse).await.expect("created");
+        publish(&client, &pool, &[message("a2", Some("by code")), message("a3", None)]).await;
+        assert_eq!(drain(&client, &pool, &consumer).await, "a1 a3");
+        assert_eq!(
+            texts(&client, "select message_id || ': ' || error from pgonce.dead_letters").await,
+            ["a2: never (PO013)"]
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_few_executions_tell_which_messages_statements_fail_at() {
+    let divide = "case when payload ->> 'fails' = 'divide' then (1 / (length(message_id) - length(message_id)))::text else message_id end";
+    let fails = |nth: i32| matches!(nth, 0 | 100 | 101 | 377 | 599);
+    let messages: Vec<Message> = (0..600)
+        .map(|nth| {
+            let payload = if fails(nth) { json!({ "fails": "divide" }) } else { json!({}) };
+            Message::json(&payload).expect("JSON").id(nth.to_string())
+        })
+        .collect();
+    // Statements that look at one row after the other, and statements that look at all rows before they fail.
+    for (from, executions_max) in [("received", 30), ("(select * from received order by payload) r", 130)] {
+        let (_database, client, pool) = world("park_key", "-").await;
+        client.batch_execute("create sequence executions").await.expect("created");
+        publish(&client, &pool, &messages).await;
+        let sql = format!("select nextval('executions'); insert into applied (text) select {divide} from {from}");
+        let step = Consumer::sql(CONSUMER, sql).step(&pool).await.expect("a step");
+        assert_eq!((step.applied, step.failed), (596, 5), "{from}");
+        let executions = number(&client, "select last_value from executions").await;
+        assert!(executions <= executions_max, "{executions} executions over {from}");
+    }
 }
 
 #[tokio::test]
