@@ -299,9 +299,9 @@ create table pgonce.parked (
   is_suspect boolean not null default false,
   primary key (consumer_id, partition, "offset")
 );
-create index parked_due on pgonce.parked (consumer_id, partition, due_at) where due_at is not null and taken_by is null;
+create index parked_due on pgonce.parked (consumer_id, partition, due_at, "offset") where due_at is not null and taken_by is null;
 create index parked_key on pgonce.parked (consumer_id, partition, key, "offset") where taken_by is null;
-create index parked_taken on pgonce.parked (consumer_id, partition) where taken_by is not null;
+create index parked_taken on pgonce.parked (consumer_id, partition, "offset") where taken_by is not null;
 comment on table pgonce.parked is 'Messages that wait to be tried again, and those that wait behind them, with copies of their own: the queue may be cleaned up meanwhile.';
 comment on column pgonce.parked."offset" is 'Where it stands in the partition. It may lie ahead of the consumer, which leaves it out when it gets there.';
 comment on column pgonce.parked.enqueued_at is 'When it was enqueued.';

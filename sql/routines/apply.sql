@@ -25,8 +25,10 @@ as $$
 #variable_conflict use_column
 declare
   rest bigint[] := offsets;
+  -- What failed before will do so again as likely as not.
+  start constant integer := case current_setting('pgonce_batch.is_of_parked', true) when 'true' then 1 else 100 end;
   longest integer := 100;
-  next integer := longest;
+  next integer := start;
   tried integer;
   suspect bigint;
   mark bigint;
@@ -66,7 +68,7 @@ begin
         answer.withdrawn := answer.withdrawn || failure.withdrawn;
         rest := case when cardinality(failure.withdrawn) = 1 then rest[2:]
           else array(select r from unnest(rest) r where r <> all (failure.withdrawn) order by r) end;
-        next := longest;
+        next := least(start, longest);
       else
         -- Most plans fail at the row that they looked at last: it is tried by itself, once those in front of it are
         -- applied. Others collect all rows first, so that the last one says nothing; for them only small parts do.

@@ -42,6 +42,8 @@ declare
   current pgonce.progress;
   is_own boolean;
   began bigint;
+  waits boolean;
+  behind bigint;
   message pgonce.parked;
   withdrawn_ids text[] := '{}';
   answer pgonce.failed;
@@ -112,16 +114,20 @@ begin
     answer.outcome := 'dead';
   else
     message.due_at := coalesce(retry_at, pgonce.next_attempt_at(reader, message.attempts));
+    if reader.failure_policy = 'park_key' then
+      -- Only the first one of a key is due.
+      select n."offset" < message."offset" into waits from pgonce.next_of_key(reader.consumer_id, partition, message.key, 0) n;
+      message.due_at := case when waits then null else message.due_at end;
+      select n."offset" into behind
+      from pgonce.next_of_key(reader.consumer_id, partition, message.key, message."offset") n where n.due_at is not null;
+      if found then
+        perform pgonce.set_due(reader.consumer_id, partition, behind, null);
+      end if;
+    end if;
     insert into pgonce.parked as p values (message.*)
     on conflict (consumer_id, partition, "offset") do update
     set attempts = excluded.attempts, due_at = excluded.due_at, error = excluded.error, taken_by = null;
     answer.outcome := 'parked';
-    if reader.failure_policy = 'park_key' and exists (
-      select from pgonce.parked k
-      where k.consumer_id = reader.consumer_id and k.partition = count_failure.partition and k.key = message.key
-        and k."offset" <> message."offset") then
-      perform pgonce.hold_back(reader.consumer_id, partition, array[message.key]);
-    end if;
     if is_own and reader.failure_policy <> 'skip' then
       withdrawn_ids := withdrawn_ids || pgonce.withdraw_behind(reader, message, began, current.next_offset);
     end if;

@@ -219,6 +219,7 @@ as $$
 #variable_conflict use_column
 declare
   reader pgonce.consumers := pgonce.external_row(consumer);
+  present constant timestamptz := clock_timestamp();
   current pgonce.progress;
   careful_until bigint;
   has_suspect boolean;
@@ -241,7 +242,7 @@ begin
   has_suspect := exists (
     select from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = peek.partition
-      and k.is_suspect and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < current.next_offset);
+      and k.is_suspect and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset);
   if has_suspect or current.next_offset < careful_until then
     max := 1;
   end if;
@@ -253,7 +254,7 @@ begin
       from (
         select k.* from pgonce.parked k
         where k.consumer_id = reader.consumer_id and k.partition = peek.partition
-          and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < current.next_offset
+          and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset
           and k.is_suspect = has_suspect
           and (reader.failure_policy <> 'block' or not exists (
             select from pgonce.parked f

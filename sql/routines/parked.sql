@@ -6,23 +6,53 @@
 -- Locks: none of its own; whoever calls has the offset lock of the partition.
 -- Indexes: those of parked; the primary keys of queue and processed_ids; dead_letters_offset.
 
-create or replace function pgonce.release_next(consumer_id integer, partition integer, keys text[])
+create or replace function pgonce.next_of_key(
+  consumer_id integer, partition integer, key text, after_offset bigint,
+  out "offset" bigint, out due_at timestamptz)
+language plpgsql volatile
+set enable_sort = off
+set enable_bitmapscan = off
+as $$
+#variable_conflict use_column
+begin
+  -- In an order that only parked_key has: one look into it, whatever the statistics say.
+  select p."offset", p.due_at into next_of_key."offset", next_of_key.due_at
+  from pgonce.parked p
+  where p.consumer_id = next_of_key.consumer_id and p.partition = next_of_key.partition
+    and p.key >= next_of_key.key and p.key <= next_of_key.key and p.taken_by is null
+    and p."offset" > after_offset
+  order by p.key, p."offset"
+  limit 1;
+end $$;
+comment on function pgonce.next_of_key is 'Internal: the first parked message of a key behind an offset, and when it is due.';
+
+create or replace function pgonce.set_due(consumer_id integer, partition integer, "offset" bigint, due_at timestamptz)
 returns void
 language plpgsql volatile
 as $$
 #variable_conflict use_column
 begin
   update pgonce.parked p
-  set due_at = clock_timestamp()
-  from unnest(keys) k(key)
-  cross join lateral (
-    select n."offset", n.due_at from pgonce.parked n
-    where n.consumer_id = release_next.consumer_id and n.partition = release_next.partition
-      and n.key = k.key and n.taken_by is null
-    order by n."offset"
-    limit 1) first
-  where p.consumer_id = release_next.consumer_id and p.partition = release_next.partition
-    and p."offset" = first."offset" and first.due_at is null;
+  set due_at = set_due.due_at
+  where p.consumer_id = set_due.consumer_id and p.partition = set_due.partition and p."offset" = set_due."offset";
+end $$;
+comment on function pgonce.set_due is 'Internal: says when a parked message is due.';
+
+create or replace function pgonce.release_next(consumer_id integer, partition integer, keys text[])
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+  key text;
+  first record;
+begin
+  foreach key in array keys loop
+    select n.* into first from pgonce.next_of_key(consumer_id, partition, key, 0) n;
+    if first."offset" is not null and first.due_at is null then
+      perform pgonce.set_due(consumer_id, partition, first."offset", clock_timestamp());
+    end if;
+  end loop;
 end $$;
 comment on function pgonce.release_next is 'Internal: the first parked message of each of these keys is due, if it waited behind another one.';
 
@@ -31,15 +61,17 @@ returns void
 language plpgsql volatile
 as $$
 #variable_conflict use_column
+declare
+  current_key text;
+  first bigint;
 begin
-  update pgonce.parked p
-  set due_at = null
-  where p.consumer_id = hold_back.consumer_id and p.partition = hold_back.partition
-    and p.key = any (keys) and p.taken_by is null and p.due_at is not null
-    and exists (
-      select from pgonce.parked f
-      where f.consumer_id = p.consumer_id and f.partition = p.partition and f.key = p.key and f.taken_by is null
-        and f."offset" < p."offset");
+  foreach current_key in array keys loop
+    select n."offset" into first from pgonce.next_of_key(consumer_id, partition, current_key, 0) n;
+    update pgonce.parked p
+    set due_at = null
+    where p.consumer_id = hold_back.consumer_id and p.partition = hold_back.partition
+      and p.key = current_key and p.taken_by is null and p.due_at is not null and p."offset" > first;
+  end loop;
 end $$;
 comment on function pgonce.hold_back is 'Internal: of each of these keys only the first parked message is due, the others wait behind it.';
 
@@ -48,12 +80,15 @@ returns boolean
 language plpgsql stable
 as $$
 #variable_conflict use_column
+declare
+  -- A function that changes from row to row would be no bound of an index.
+  present constant timestamptz := clock_timestamp();
 begin
   -- One look into an index each, whatever the statistics say: `limit 1` cannot become a join, and outside of `exists`
   -- the order stays.
   perform from pgonce.parked k
   where k.consumer_id = reader.consumer_id and k.partition = has_something.partition
-    and k.taken_by is null and k.due_at <= clock_timestamp()
+    and k.taken_by is null and k.due_at <= present
   order by k.due_at
   limit 1;
   if found then
@@ -76,19 +111,27 @@ create or replace function pgonce.take_parked(
   reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint, suspects boolean,
   out recorded bigint[], out duplicates integer)
 language plpgsql volatile
+set enable_sort = off
+set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
 declare
+  present constant timestamptz := clock_timestamp();
+  due record;
+  behind record;
+  first bigint;
   taken bigint[];
   keys text[];
+  bytes bigint;
+  place bigint;
   is_alone boolean;
 begin
   recorded := '{}';
   duplicates := 0;
-  if exists (
-    select from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-      and k.taken_by = pg_current_xact_id_if_assigned()) then
+  perform from pgonce.parked k
+  where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+    and k.taken_by = pg_current_xact_id_if_assigned();
+  if found then
     -- Once a transaction: the view received tells what it takes by its mark alone.
     return;
   end if;
@@ -96,69 +139,73 @@ begin
   is_alone := suspects and exists (
     select from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-      and k.is_suspect and k.taken_by is null and k."offset" < take_parked.next_offset and k.due_at <= clock_timestamp());
+      and k.is_suspect and k.taken_by is null and k."offset" < take_parked.next_offset and k.due_at <= present);
   if is_alone then
     max := 1;
   end if;
   loop
+    taken := '{}';
+    keys := '{}';
+    bytes := 0;
+    if reader.failure_policy = 'block' then
+      select min(k."offset") into first from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null;
+    end if;
     -- Those that are due and the first of their keys, the longest due first, each with what waits behind it.
-    select array_agg(b."offset" order by b."offset"), array_agg(distinct b.key)
-    into taken, keys
-    from (
-      select l."offset", l.key, sum(l.bytes) over in_turn - l.bytes as bytes_before
-      from (
-        select d.due_at, d."offset" as first_offset, l."offset", l.key, l.bytes
-        from (
-          select k.due_at, k."offset", k.key
-          from pgonce.parked k
-          where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-            and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < take_parked.next_offset
-            and k.is_suspect = is_alone
-            and (reader.failure_policy = 'skip' or not exists (
-              select from pgonce.parked f
-              where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
-                and (f.key = k.key or reader.failure_policy = 'block') and f."offset" < k."offset"))
-          order by k.due_at, k."offset"
-          limit take_parked.max) d
-        cross join lateral (
-          select k."offset", k.key, k.bytes
-          from pgonce.parked k
-          where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = d."offset"
-          union all
-          (select k."offset", k.key, k.bytes
-           from pgonce.parked k
-           where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
-             and k.key = d.key and k."offset" > d."offset" and k."offset" < take_parked.next_offset
-             and k.due_at is null
-             and not exists (
-               select from pgonce.parked s
-               where s.consumer_id = k.consumer_id and s.partition = k.partition and s.is_suspect and s.taken_by is null
-                 and s.key = k.key and s."offset" between d."offset" + 1 and k."offset")
-           order by k."offset"
-           limit take_parked.max)) l
-        order by d.due_at, d."offset", l."offset"
-        limit take_parked.max) l
-      window in_turn as (order by l.due_at, l.first_offset, l."offset" rows unbounded preceding)) b
-    where b.bytes_before < take_parked.max_bytes;
-    exit when taken is null;
-    update pgonce.parked k
-    set taken_by = pg_current_xact_id()
-    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken);
+    for due in
+      select k."offset", k.key, k.bytes
+      from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+        and k.taken_by is null and k.due_at <= present and k."offset" < take_parked.next_offset
+        and k.is_suspect = is_alone
+      order by k.due_at, k."offset"
+    loop
+      exit when cardinality(taken) >= max or bytes >= max_bytes;
+      if reader.failure_policy = 'park_key' then
+        select n."offset" into first from pgonce.next_of_key(reader.consumer_id, partition, due.key, 0) n;
+      end if;
+      continue when first < due."offset";
+      taken := taken || due."offset";
+      keys := keys || due.key;
+      bytes := bytes + due.bytes;
+      for behind in
+        select k."offset", k.bytes, k.is_suspect
+        from pgonce.parked k
+        where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
+          and k.key >= due.key and k.key <= due.key
+          and k."offset" > due."offset" and k."offset" < take_parked.next_offset and k.due_at is null
+        order by k.key, k."offset"
+        limit take_parked.max
+      loop
+        exit when behind.is_suspect or cardinality(taken) >= max or bytes >= max_bytes;
+        taken := taken || behind."offset";
+        bytes := bytes + behind.bytes;
+      end loop;
+    end loop;
+    exit when cardinality(taken) = 0;
+    foreach place in array taken loop
+      update pgonce.parked k
+      set taken_by = pg_current_xact_id()
+      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = place;
+    end loop;
     with recorded as (
       insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
       select k."offset", k.consumer_id, k.partition, k.message_id
       from pgonce.parked k
-      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken)
+      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+        and k.taken_by = pg_current_xact_id()
       order by k."offset"
       on conflict do nothing
       returning "offset"
     )
     select coalesce(array_agg(r."offset" order by r."offset"), '{}') into recorded from recorded r;
-    -- An id that was processed before in another place is left out, as everywhere. Nothing may find it marked as taken: it
-    -- would be shown, or its record, which tells of that other place, be withdrawn.
-    delete from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = any (taken)
-      and k."offset" <> all (recorded);
+    if cardinality(recorded) < cardinality(taken) then
+      -- An id that was processed before in another place is left out, as everywhere. Nothing may find it marked as taken:
+      -- it would be shown, or its record, which tells of that other place, be withdrawn.
+      delete from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+        and k.taken_by = pg_current_xact_id() and k."offset" <> all (recorded);
+    end if;
     perform pgonce.release_next(reader.consumer_id, partition, keys);
     duplicates := duplicates + cardinality(taken) - cardinality(recorded);
     exit when cardinality(recorded) > 0;
@@ -170,6 +217,8 @@ create or replace function pgonce.left_out(
   reader pgonce.consumers, partition integer, first_offset bigint, last_offset bigint)
 returns text[]
 language plpgsql volatile
+set enable_sort = off
+set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
 begin
@@ -178,12 +227,16 @@ begin
       "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, payload, headers)
     select q."offset", q.enqueued_at, reader.consumer_id, q.partition, 0, q.bytes, q.message_id, q.key, q.payload, q.headers
     from pgonce.queue q
+    -- As next_of_key has it.
+    cross join lateral (
+      select k."offset" from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = left_out.partition
+        and k.key >= q.key and k.key <= q.key and k.taken_by is null
+      order by k.key, k."offset"
+      limit 1) first
     where q.topic_id = reader.topic_id and q.partition = left_out.partition
       and q."offset" between first_offset and last_offset
-      and exists (
-        select from pgonce.parked k
-        where k.consumer_id = reader.consumer_id and k.partition = left_out.partition and k.taken_by is null
-          and k.key = q.key and k."offset" < q."offset")
+      and first."offset" < q."offset"
       and not exists (
         select from pgonce.dead_letters d
         where d.consumer_id = reader.consumer_id and d.partition = left_out.partition and d."offset" = q."offset")

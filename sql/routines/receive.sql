@@ -263,7 +263,8 @@ begin
         return query
           select reader.consumer, k.partition, k."offset", k.message_id, k.key, k.payload, k.headers, k.enqueued_at, k.attempts + 1
           from pgonce.parked k
-          where k.consumer_id = reader.consumer_id and k.partition = target.partition and k."offset" = any (taken.recorded)
+          where k.consumer_id = reader.consumer_id and k.partition = target.partition
+            and k.taken_by = pg_current_xact_id()
           order by k."offset";
         perform set_config('pgonce_batch.is_open', 'true', true), set_config('pgonce_batch.is_of_parked', 'true', true);
         return;

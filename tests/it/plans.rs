@@ -1,8 +1,8 @@
-//! Plans: relay and receive read no more than their batch, whatever the planner knows or believes about the tables.
+//! Plans: relay, receive and fail read no more than their batch, whatever the planner knows or believes about the tables.
 
 use std::collections::BTreeMap;
 
-use pgonce::Producer;
+use pgonce::{Message, Producer};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
@@ -30,7 +30,7 @@ type Reads = BTreeMap<String, (i64, i64)>;
 async fn counters(client: &Client) -> Reads {
     let query = "
         select relname::text, seq_scan, coalesce(idx_tup_fetch, 0) from pg_stat_xact_user_tables
-        where schemaname = 'pgonce' and relname in ('outbox', 'queue', 'processed_ids')";
+        where schemaname = 'pgonce' and relname in ('outbox', 'queue', 'processed_ids', 'parked')";
     let rows = client.query(query, &[]).await.expect("counters");
     rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect()
 }
@@ -89,8 +89,12 @@ async fn send(client: &Client, from: usize, to: usize) {
     Producer::new(TOPIC).send_all(client, &messages).await.expect("sent");
 }
 
-async fn work_off(client: &Client) {
+async fn work_off_relay(client: &Client) {
     while number(client, &RELAY.replace("100", "10000")).await > 0 {}
+}
+
+async fn work_off(client: &Client) {
+    work_off_relay(client).await;
     while number(client, &RECEIVE.replace("100", "10000")).await > 0 {}
 }
 
@@ -118,6 +122,55 @@ async fn an_empty_poll_reads_next_to_nothing() {
         send(&client, 0, GROWING).await;
         work_off(&client).await;
         assert_bounded(&client, state, &[RELAY, RECEIVE], 0, IDLE_FETCHES_MAX, 5).await;
+    }
+}
+
+#[tokio::test]
+async fn neither_a_batch_nor_a_failure_reads_all_that_is_parked() {
+    const FAIL: &str = "select count(*) from pgonce.fail('c', 0, 1, 'why')";
+    for analyzed in [false, true] {
+        let (_database, client) = topic(analyzed).await;
+        let state = if analyzed { "analyzed while empty" } else { "never analyzed" };
+        let settings = "
+            alter table pgonce.parked set (autovacuum_enabled = off);
+            update pgonce.consumers set backoff_min_ms = 86400000, backoff_max_ms = 86400000";
+        client.batch_execute(settings).await.expect("set");
+        let mut parked = 0;
+        // The session makes its plans while little is parked, and keeps them.
+        for more in [20, 2_000] {
+            let key = |nth: usize| if nth.is_multiple_of(2) { "busy".to_owned() } else { nth.to_string() };
+            let message = |nth: usize| Message::json(&nth).expect("JSON").key(key(nth));
+            let messages: Vec<Message> = (parked..parked + more).map(message).collect();
+            Producer::new(TOPIC).send_all(&client, &messages).await.expect("sent");
+            work_off_relay(&client).await;
+            let fail = format!(
+                "select count(*) from generate_series({parked} + 1, {parked} + {more}) o, lateral pgonce.fail('c', 0, o, 'why')"
+            );
+            assert_eq!(number(&client, &fail).await, i64::try_from(more).expect("small"));
+            parked += more;
+            assert_eq!(number(&client, &RECEIVE.replace("100", "10000")).await, 0, "all is parked");
+
+            let due = "update pgonce.parked set due_at = now() where \"offset\" in (
+                select \"offset\" from pgonce.parked where key <> 'busy' order by \"offset\" limit 4)";
+            client.batch_execute(due).await.expect("due");
+            let key = |nth: usize| if nth.is_multiple_of(2) { "busy" } else { "another" };
+            let others: Vec<Message> = (0..100).map(|nth| Message::json(&nth).expect("JSON").key(key(nth))).collect();
+            Producer::new(TOPIC).send_all(&client, &others).await.expect("sent");
+            work_off_relay(&client).await;
+            client.batch_execute("begin").await.expect("begun");
+            for (statement, due) in [(RECEIVE, 4), (RECEIVE, 50), (FAIL, 1)] {
+                let before = counters(&client).await;
+                assert_eq!(number(&client, statement).await, due, "{statement}");
+                let after = counters(&client).await;
+                let fetches = after["parked"].1 - before["parked"].1;
+                assert_eq!(after["parked"].0, before["parked"].0, "{state}: {statement} scanned what is parked");
+                assert!(fetches <= FETCHES_MAX, "{state}: {statement} fetched {fetches} of {parked} parked rows");
+            }
+            client.batch_execute("rollback").await.expect("rolled back");
+            // What was sent for one round is of no use for the next.
+            work_off(&client).await;
+            parked = usize::try_from(number(&client, "select max(\"offset\") from pgonce.queue").await).expect("small");
+        }
     }
 }
 
