@@ -17,7 +17,11 @@ use crate::error::Error;
 use crate::schema::{Installed, SCHEMA_VERSION, Schema, installed};
 
 /// Tables, in the order in which they came. The version of a schema is the number of migrations it has seen.
-const MIGRATIONS: &[&str] = &[include_str!("../sql/migrations/0001_tables.sql")];
+const MIGRATIONS: &[&str] = &[concat!(
+    include_str!("../sql/migrations/0001_tables.sql"),
+    "\n",
+    include_str!("../sql/migrations/0001_row_types.sql"),
+)];
 const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize, "one migration for each version");
 
 /// Functions and views, in an order in which each finds what it needs. A name stands for one of them.
