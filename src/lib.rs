@@ -17,6 +17,7 @@ mod relay;
 mod topic;
 
 mod member;
+mod rates;
 mod shutdown;
 mod watch;
 mod worker;

@@ -44,6 +44,7 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/inbox.sql"),
     include_str!("../sql/routines/watch.sql"),
     include_str!("../sql/routines/purge.sql"),
+    include_str!("../sql/routines/rates.sql"),
     include_str!("../sql/routines/rights.sql"),
 ];
 

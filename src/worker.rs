@@ -20,6 +20,7 @@ use crate::consume::{Consumed, Consumer};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind, Remedy};
 use crate::member::{BEAT_EVERY, Member};
+use crate::rates::Rates;
 use crate::relay::Relay;
 use crate::schema::check_version;
 use crate::shutdown::Shutdown;
@@ -133,6 +134,7 @@ impl Worker {
             let database = self.database.for_stage("relay", 1)?;
             stages.push((Work::Relay(relay), bell, database));
         }
+        let rates = Rates::new(self.consumers.iter().map(|(consumer, _)| Arc::clone(consumer)).collect());
         let names = self.consumers.iter().map(|(consumer, _)| consumer.name().to_owned()).collect();
         for (consumer, loops) in self.consumers {
             let bell = bells.for_consumer(consumer.name());
@@ -145,11 +147,18 @@ impl Worker {
         let member = Arc::new(Member::new(names));
         let is_over = CancellationToken::new();
         let mut loops = JoinSet::new();
+        let mut companions = 0;
         if !stages.is_empty() {
             let database = self.database.for_stage("watch", 1)?;
             if member.has_consumers() {
                 loops.spawn(member_loop(Arc::clone(&member), database.clone(), is_over.clone()));
             }
+            let keeping = rates.keep(database.clone(), is_over.clone());
+            loops.spawn(async move {
+                keeping.await;
+                Ok(Report::default())
+            });
+            companions = loops.len();
             let watch = Watch::new(Arc::clone(&bells));
             let listening = watch.listen(database.clone(), stop.clone());
             loops.spawn(async move {
@@ -174,8 +183,8 @@ impl Worker {
         let mut report = Report::default();
         let mut first_error = None;
         while let Some(ended) = loops.join_next().await {
-            if loops.len() == 1 {
-                // Only the member is left, if there is one.
+            if loops.len() <= companions {
+                // Only those are left that end last.
                 is_over.cancel();
             }
             let ended = ended.unwrap_or_else(|panicked| {

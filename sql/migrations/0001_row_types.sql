@@ -42,3 +42,9 @@ create type pgonce.due as (stage text, name text);
 comment on type pgonce.due is 'What watch answers: a stage (relay, consumer) and the name of its topic or consumer.';
 create type pgonce.processed as (message_id text, was_duplicate boolean);
 comment on type pgonce.processed is 'What process_once answers.';
+create type pgonce.rate as (
+  stage text, name text, seconds float8, received bigint, applied bigint, duplicates bigint, retries bigint,
+  dead_letters bigint, fenced bigint, received_per_minute float8, applied_per_minute float8, duplicates_per_minute float8,
+  retries_per_minute float8, dead_letters_per_minute float8, fenced_per_minute float8, lag bigint, oldest_age interval,
+  handler_p50_ms float8, handler_p99_ms float8, handler_limit_ms bigint, handler_nears_limit boolean);
+comment on type pgonce.rate is 'What the view rates shows of a topic or a consumer.';

@@ -91,15 +91,17 @@ comment on column pgonce.outbox.payload is 'What the message says.';
 comment on column pgonce.outbox.headers is 'What is said about the message: a JSON object up to 16 KiB.';
 
 create table pgonce.duplicate_sends (
+  sent_at timestamptz not null default clock_timestamp(),
+  messages bigint not null default 1 check (messages > 0),
   topic_id integer not null,
-  message_id text collate "C" not null,
-  sent_at timestamptz not null default clock_timestamp()
+  message_id text collate "C"
 );
-create index duplicate_sends_topic on pgonce.duplicate_sends (topic_id, sent_at);
-comment on table pgonce.duplicate_sends is 'One row for each message that enqueue refused because its id was known. Counting them in the outbox row would lock it, and so hold back its key.';
-comment on column pgonce.duplicate_sends.topic_id is 'The topic.';
-comment on column pgonce.duplicate_sends.message_id is 'The id that was sent again.';
+create index duplicate_sends_topic on pgonce.duplicate_sends (topic_id, sent_at) include (messages);
+comment on table pgonce.duplicate_sends is 'One row for each message that enqueue refused because its id was known; those that are older than 10 minutes are added up (rates.sql). Counting them in the outbox row would lock it, and so hold back its key.';
 comment on column pgonce.duplicate_sends.sent_at is 'When it was sent again.';
+comment on column pgonce.duplicate_sends.messages is 'How many the row stands for.';
+comment on column pgonce.duplicate_sends.topic_id is 'The topic.';
+comment on column pgonce.duplicate_sends.message_id is 'The id that was sent again; null where the row stands for several.';
 
 -- The queue --------------------------------------------------------------------------------------------------------
 
@@ -395,15 +397,54 @@ comment on column pgonce.suspicions.messages is 'How many messages are tried tog
 comment on column pgonce.suspicions.raised_at is 'When it began.';
 
 create table pgonce.duplicate_receipts (
+  received_at timestamptz not null default clock_timestamp(),
+  messages bigint not null default 1 check (messages > 0),
   consumer_id integer not null,
-  message_id text collate "C" not null,
-  received_at timestamptz not null default clock_timestamp()
+  message_id text collate "C"
 );
-create index duplicate_receipts_consumer on pgonce.duplicate_receipts (consumer_id, received_at);
-comment on table pgonce.duplicate_receipts is 'One row for each message that process_once refused because its id was known.';
-comment on column pgonce.duplicate_receipts.consumer_id is 'The inbox.';
-comment on column pgonce.duplicate_receipts.message_id is 'The id that came again.';
+create index duplicate_receipts_consumer on pgonce.duplicate_receipts (consumer_id, received_at) include (messages);
+comment on table pgonce.duplicate_receipts is 'One row for each message that process_once refused because its id was known; those that are older than 10 minutes are added up.';
 comment on column pgonce.duplicate_receipts.received_at is 'When it came again.';
+comment on column pgonce.duplicate_receipts.messages is 'How many the row stands for.';
+comment on column pgonce.duplicate_receipts.consumer_id is 'The inbox.';
+comment on column pgonce.duplicate_receipts.message_id is 'The id that came again; null where the row stands for several.';
+
+create table pgonce.samples (
+  sampled_at timestamptz not null,
+  applied bigint,
+  duplicates bigint not null,
+  retries bigint,
+  dead_letters bigint,
+  fenced bigint,
+  id integer not null,
+  stage text collate "C" not null check (stage in ('relay', 'consumer')),
+  primary key (stage, id, sampled_at)
+);
+create index samples_sampled_at on pgonce.samples (sampled_at);
+comment on table pgonce.samples is 'What the view counters showed in the last hour, about every 10 seconds: what the view rates compares with.';
+comment on column pgonce.samples.sampled_at is 'When, by the database''s clock.';
+comment on column pgonce.samples.applied is 'As in the view counters, and so are the next four.';
+comment on column pgonce.samples.duplicates is 'See applied.';
+comment on column pgonce.samples.retries is 'See applied.';
+comment on column pgonce.samples.dead_letters is 'See applied.';
+comment on column pgonce.samples.fenced is 'See applied.';
+comment on column pgonce.samples.id is 'The topic, or the consumer.';
+comment on column pgonce.samples.stage is 'relay, of a topic, or consumer.';
+
+create table pgonce.handler_times (
+  recorded_at timestamptz not null default clock_timestamp(),
+  limit_ms bigint not null check (limit_ms > 0),
+  consumer_id integer not null,
+  buckets integer[] not null,
+  calls bigint[] not null check (cardinality(calls) = cardinality(buckets))
+);
+create index handler_times_recorded_at on pgonce.handler_times (recorded_at);
+comment on table pgonce.handler_times is 'What the calls of handlers took in the last hour. Each worker adds a row for each consumer about every 10 seconds.';
+comment on column pgonce.handler_times.recorded_at is 'When, by the database''s clock.';
+comment on column pgonce.handler_times.limit_ms is 'What a call may take, in milliseconds.';
+comment on column pgonce.handler_times.consumer_id is 'The consumer.';
+comment on column pgonce.handler_times.buckets is 'Lengths of time: bucket b holds the calls that took up to 2 ^ (b / 4) microseconds, and longer than b - 1 does.';
+comment on column pgonce.handler_times.calls is 'The number of calls in each of the buckets.';
 
 create table pgonce.word_counts (
   consumer text collate "C" not null,

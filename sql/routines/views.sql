@@ -29,7 +29,7 @@ select
   sum(o.scheduled)::bigint as scheduled,
   sum(o.pending)::bigint as pending,
   sum(h.moved)::bigint as sent,
-  (select count(*) from pgonce.duplicate_sends d where d.topic_id = t.topic_id) as duplicates,
+  coalesce((select sum(d.messages) from pgonce.duplicate_sends d where d.topic_id = t.topic_id), 0)::bigint as duplicates,
   (select count(*) from pgonce.set_aside s where s.topic_id = t.topic_id) as set_aside,
   coalesce(clock_timestamp() - min(o.oldest), interval '0') as oldest_pending_age,
   sum(o.touched)::bigint as touched
@@ -82,7 +82,8 @@ select
   coalesce(sum(h.next_offset - o.next_offset), 0)::bigint as lag,
   coalesce(clock_timestamp() - min(w.enqueued_at), interval '0') as oldest_age,
   coalesce(sum(o.received), (select count(*) from pgonce.processed_ids p where p.consumer_id = c.consumer_id))::bigint as received,
-  coalesce(sum(o.duplicates), (select count(*) from pgonce.duplicate_receipts d where d.consumer_id = c.consumer_id))::bigint as duplicates,
+  coalesce(
+    sum(o.duplicates), (select sum(d.messages) from pgonce.duplicate_receipts d where d.consumer_id = c.consumer_id), 0)::bigint as duplicates,
   case when c.consumer ~ '^[ -~]{1,62}$' then (
     select count(*) from pg_stat_activity a
     where a.datname = current_database() and right(a.application_name, length(c.consumer) + 1) = ' ' || c.consumer)

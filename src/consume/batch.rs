@@ -7,6 +7,7 @@ use tokio_postgres::types::{Json, ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
 use super::failure::{Blame, Trouble, Verdict};
+use super::handler_times::HandlerTimes;
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
 use crate::message::{MessageId, Offset, Partition, Received};
@@ -21,6 +22,7 @@ pub(super) struct OpenBatch<'a> {
     pub(super) transaction: &'a Transaction<'a>,
     pub(super) scope: Scope,
     pub(super) message_timeout: Duration,
+    pub(super) times: &'a HandlerTimes,
 }
 
 /// Which messages a batch may have.

@@ -21,6 +21,7 @@ use super::Consumed;
 use super::batch::received;
 use super::failure::{Blame, Trouble, Verdict};
 use super::handler::{BoxFuture, HandlerError, bounded};
+use super::handler_times::HandlerTimes;
 use crate::error::Error;
 use crate::lease::{Epoch, Holder, Lease, Outcome};
 use crate::message::{Offset, Partition, Received};
@@ -83,7 +84,8 @@ impl<H: ExternalHandler> Call for H {
         Box::pin(async move {
             let message = received(row)?;
             let culprit = Some(message.offset);
-            bounded(limits.consumer, limits.message_timeout, culprit, self.handle(message, epoch)).await
+            let handling = bounded(limits.consumer, limits.message_timeout, culprit, self.handle(message, epoch));
+            limits.times.measure(handling).await
         })
     }
 }
@@ -94,6 +96,7 @@ pub(super) struct Limits<'a> {
     pub(super) consumer: &'a str,
     pub(super) batch_messages: i32,
     pub(super) message_timeout: Duration,
+    pub(super) times: &'a HandlerTimes,
 }
 
 /// The effect, and the leases that this process has for it.

@@ -97,7 +97,8 @@ impl<H: Handler> Each<H> {
     async fn handle(&self, batch: &OpenBatch<'_>, row: &Row) -> Result<(), Trouble> {
         let message = received(row)?;
         let culprit = Some(message.offset);
-        bounded(batch.consumer, batch.message_timeout, culprit, self.0.handle(batch.transaction, message)).await
+        let handling = self.0.handle(batch.transaction, message);
+        batch.times.measure(bounded(batch.consumer, batch.message_timeout, culprit, handling)).await
     }
 }
 
@@ -139,7 +140,8 @@ impl<H: BatchHandler> Batch<H> {
         rows: impl Iterator<Item = &'r Row> + Send,
     ) -> Result<(), Trouble> {
         let messages = rows.map(received).collect::<Result<Vec<_>, _>>()?;
-        bounded(batch.consumer, batch.message_timeout, None, self.0.handle(batch.transaction, messages)).await
+        let handling = self.0.handle(batch.transaction, messages);
+        batch.times.measure(bounded(batch.consumer, batch.message_timeout, None, handling)).await
     }
 }
 
@@ -174,7 +176,11 @@ impl Effect for Sql {
 
     fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>, _: &'a Content) -> BoxFuture<'a, Result<(), Trouble>> {
         Box::pin(async move {
-            batch.run(&self.0).await.map_err(|error| Trouble::of_handler(batch.consumer, None, error.into()))
+            batch
+                .times
+                .measure(batch.run(&self.0))
+                .await
+                .map_err(|error| Trouble::of_handler(batch.consumer, None, error.into()))
         })
     }
 
@@ -184,7 +190,7 @@ impl Effect for Sql {
         slice: &'a Slice<'a>,
     ) -> BoxFuture<'a, Result<Failed, Trouble>> {
         Box::pin(async move {
-            let outcome = batch.try_statements(slice, &self.0).await;
+            let outcome = batch.times.measure(batch.try_statements(slice, &self.0)).await;
             // What is left over is a statement that took too long.
             outcome.map_err(|error| Trouble::of_handler(batch.consumer, None, error.into()))
         })

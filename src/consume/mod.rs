@@ -11,6 +11,7 @@ mod batch;
 mod external;
 mod failure;
 mod handler;
+mod handler_times;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -30,6 +31,7 @@ pub use failure::Failure;
 use failure::Trouble;
 use handler::Effect;
 pub use handler::{BatchHandler, Handler, HandlerError};
+use handler_times::{HandlerTimes, Taken};
 
 /// Messages that a step receives at the most, where nothing else is said.
 const BATCH_MESSAGES: i32 = 1_000;
@@ -50,6 +52,7 @@ pub struct Consumer {
     message_timeout: Duration,
     /// How many steps are still to be careful, since a message failed.
     caution: AtomicU32,
+    times: HandlerTimes,
 }
 
 /// Where the effect of a consumer is.
@@ -126,6 +129,7 @@ impl Consumer {
             batch_messages: BATCH_MESSAGES,
             message_timeout: MESSAGE_TIMEOUT,
             caution: AtomicU32::new(0),
+            times: HandlerTimes::new(),
         }
     }
 
@@ -193,6 +197,19 @@ impl Consumer {
         }
     }
 
+    /// What the calls of its handler took since this was last asked.
+    pub(crate) fn take_handler_times(&self) -> Taken {
+        self.times.take()
+    }
+
+    /// How long a call of its handler may take. Under a lease that is renewed meanwhile, but not by a process that stalls.
+    pub(crate) fn handler_limit(&self) -> Duration {
+        match &self.effect {
+            Place::Transaction(_) => self.message_timeout,
+            Place::Outside(external) => self.message_timeout.min(external.lease),
+        }
+    }
+
     /// Whether its effect is outside of the database.
     pub(crate) fn is_external(&self) -> bool {
         matches!(self.effect, Place::Outside(_))
@@ -207,6 +224,7 @@ impl Consumer {
             consumer: &self.name,
             batch_messages: self.batch_messages,
             message_timeout: self.message_timeout,
+            times: &self.times,
         };
         external.step(self.holder(external, database, member), limits).await
     }
@@ -272,6 +290,7 @@ impl Consumer {
             transaction: &transaction,
             scope,
             message_timeout: self.message_timeout,
+            times: &self.times,
         };
         let content = effect.receive(&batch).await?;
         let mut consumed = Consumed { applied: content.messages(), failed: 0 };

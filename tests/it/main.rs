@@ -27,6 +27,7 @@ mod pgbouncer;
 mod plans;
 mod process;
 mod produce;
+mod rates;
 mod receive;
 mod references;
 mod relay;

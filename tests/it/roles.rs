@@ -34,15 +34,19 @@ const WORKER: &[&str] = &[
     "process_once",
     "receive",
     "receive_seen",
+    "record_handler_times",
     "relay",
     "release",
     "renew",
+    "sample_rates",
     "seen_progress",
     "take_suspicion",
     "try_statements",
     "watch",
 ];
 const WORKER_READS: &[&str] = &["consumers", "received", "schema_versions", "topics", "word_counts"];
+/// What the view `rates` is made of, and what it compares with.
+const READER: &[&str] = &["current_rates", "sample_rates"];
 const OPERATOR: &[&str] = &[
     "discard_dead_letters",
     "pause_consumer",
@@ -57,9 +61,11 @@ const READER_READS: &[&str] = &[
     "consumer_leases",
     "consumer_offsets",
     "consumers",
+    "counters",
     "horizon_holders",
     "outbox_status",
     "partition_heads",
+    "rates",
     "schema_versions",
     "topics",
 ];
@@ -171,7 +177,8 @@ async fn each_role_may_call_its_functions_and_no_other() {
          from pg_proc p where p.pronamespace = 'pgonce'::regnamespace",
     )
     .await;
-    for (role, functions) in world.roles().into_iter().zip([PRODUCER, WORKER, &[], OPERATOR]) {
+    let operator = [READER, OPERATOR].concat();
+    for (role, functions) in world.roles().into_iter().zip([PRODUCER, WORKER, READER, &operator]) {
         let client = world.connect(role).await;
         assert_eq!(permitted(&client, &calls).await, set(functions), "{role}");
     }
@@ -303,6 +310,26 @@ async fn a_producer_a_worker_and_a_reader_are_all_that_the_word_count_takes() {
 }
 
 #[tokio::test]
+async fn a_worker_that_may_not_write_numbers_down_does_all_else() {
+    let world = World::new().await;
+    let revoke = format!(
+        "revoke execute on function pgonce.sample_rates, pgonce.record_handler_times from {}, {}",
+        world.worker, world.reader
+    );
+    world.owner.batch_execute(&revoke).await.expect("revoked");
+    Producer::new(TOPIC).send(&world.owner, &word("a")).await.expect("sent");
+    let shutdown = Shutdown::new();
+    let worker = Worker::new(world.pool(&world.worker)).relay(Relay::all()).consumer(Consumer::word_count(CONSUMER));
+    let stop = shutdown.clone();
+    let worker = tokio::spawn(async move { worker.run(&stop).await });
+    eventually("it is counted", async || (!word_counts(&world.owner, CONSUMER).await.is_empty()).then_some(())).await;
+    shutdown.stop();
+    assert_eq!(worker.await.expect("no panic").expect("it stops well").applied, 1);
+    assert_eq!(number(&world.owner, "select count(*) from pgonce.samples").await, 0);
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_role_without_a_right_is_told_so_and_what_helps() {
     let world = World::new().await;
     let client = world.connect(&world.reader).await;
@@ -427,6 +454,8 @@ async fn who_sets_traps_never_gets_the_rights_of_the_owner() {
         "select pgonce.ack('mail', partition, 1, \"offset\", \"offset\") from pgonce.peek('mail', 0, 1, 1)",
         "select * from pgonce.renew('mail', 0, 1, 60000)",
         "select * from pgonce.release('mail', 0, 1)",
+        "select pgonce.sample_rates()",
+        "select pgonce.record_handler_times('mail', 1, '{1}', '{1}')",
     ] {
         if let Err(error) = client.batch_execute(statement).await {
             panic!("{statement}: {error:?}");

@@ -19,7 +19,7 @@ const FLOORS: &[&[&str]] = &[
     &["lease"],
     &["produce", "relay", "consume", "topic"],
     &["shutdown"],
-    &["watch", "member"],
+    &["watch", "member", "rates"],
     &["worker"],
     &["embedded"],
     &["cli"],

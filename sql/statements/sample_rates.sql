@@ -1,0 +1,1 @@
+select pgonce.sample_rates()
