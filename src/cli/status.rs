@@ -1,4 +1,4 @@
-//! `pgonce status`: backlog, lag and duplicates, and what is in the way.
+//! `pgonce status`: backlog, lag, duplicates and rates, and what is in the way.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -17,12 +17,26 @@ use crate::{Error, Shutdown};
 /// Columns of the table of consumers.
 const CONSUMER_HEADS: [&str; 11] =
     ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates", "failures", "parked", "dead", "sessions"];
+/// Columns of the table of rates.
+const RATE_HEADS: [&str; 11] = [
+    "per minute",
+    "name",
+    "received",
+    "applied",
+    "duplicates",
+    "retries",
+    "dead letters",
+    "fenced",
+    "over",
+    "handler p50",
+    "p99",
+];
 /// How often the report is printed anew.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 /// Clears a terminal and goes to its upper left corner.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
-/// Show what waits, what lags behind, what was refused as a duplicate, and what is in the way.
+/// Show what waits, what lags behind, what was refused as a duplicate, how much comes in a minute, and what is in the way.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  pgonce status --watch\n  pgonce status --check --max-lag 60s\n\n\
     Exit code 3 if --check finds something that waits for longer than --max-lag.")]
@@ -32,7 +46,7 @@ pub(super) struct Status {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Print it again every 2 seconds, until a signal comes.
+    /// Print it again every 2 seconds, until a signal comes. The rates need no worker then.
     #[arg(long, conflicts_with = "check")]
     watch: bool,
     /// For health checks: print only what waits for too long.
@@ -48,6 +62,7 @@ pub(super) struct Status {
 struct Report {
     topics: Vec<TopicBacklog>,
     consumers: Vec<ConsumerLag>,
+    rates: Vec<Rate>,
     /// The oldest messages that failed and are to be tried again.
     blocked_keys: Vec<Blocked>,
     /// What keeps dead rows alive for longer than a minute.
@@ -87,6 +102,34 @@ pub(super) struct ConsumerLag {
     oldest_seconds: f64,
 }
 
+/// What happens at a topic (stage `relay`) or consumer: in all, and in a minute.
+#[derive(Debug, Serialize)]
+struct Rate {
+    stage: String,
+    name: String,
+    /// Over so many seconds; nothing where nobody has taken a sample.
+    seconds: Option<f64>,
+    received: Option<i64>,
+    applied: Option<i64>,
+    duplicates: i64,
+    retries: Option<i64>,
+    dead_letters: Option<i64>,
+    fenced: Option<i64>,
+    received_per_minute: Option<f64>,
+    applied_per_minute: Option<f64>,
+    duplicates_per_minute: Option<f64>,
+    retries_per_minute: Option<f64>,
+    dead_letters_per_minute: Option<f64>,
+    fenced_per_minute: Option<f64>,
+    /// What half of the calls of the handler took, at the most.
+    handler_p50_ms: Option<f64>,
+    /// What 99 of 100 took.
+    handler_p99_ms: Option<f64>,
+    /// What one may take.
+    handler_limit_ms: Option<i64>,
+    handler_nears_limit: bool,
+}
+
 #[derive(Debug, Serialize)]
 struct Blocked {
     consumer: String,
@@ -119,7 +162,11 @@ impl Status {
             return Ok(Outcome::Done);
         }
         let shutdown = Shutdown::on_signals(Duration::ZERO).context("cannot listen for signals")?;
+        let mut may_sample = true;
         loop {
+            // A reader of a replica, or without the right to do so, sees the rates of those who have it.
+            may_sample =
+                may_sample && installed.rows(include_str!("../../sql/statements/sample_rates.sql"), &[]).await.is_ok();
             let report = Report::read(&installed).await?;
             if std::io::stdout().is_terminal() && !self.json {
                 say!("{CLEAR}")?;
@@ -174,11 +221,13 @@ async fn check(installed: &Installed, max_lag: Duration, json: bool) -> anyhow::
 impl Report {
     async fn read(installed: &Installed) -> Result<Self, Error> {
         let topics = installed.rows(include_str!("../../sql/statements/status_topics.sql"), &[]).await?;
+        let rates = installed.rows(include_str!("../../sql/statements/status_rates.sql"), &[]).await?;
         let blocked = installed.rows(include_str!("../../sql/statements/status_blocked.sql"), &[]).await?;
         let holders = installed.rows(include_str!("../../sql/statements/status_horizon.sql"), &[]).await?;
         Ok(Self {
             topics: topics.iter().map(TopicBacklog::from_row).collect::<Result<_, _>>()?,
             consumers: consumer_lags(installed).await?,
+            rates: rates.iter().map(Rate::from_row).collect::<Result<_, _>>()?,
             blocked_keys: blocked.iter().map(Blocked::from_row).collect::<Result<_, _>>()?,
             horizon_holders: holders.iter().map(Holder::from_row).collect::<Result<_, _>>()?,
         })
@@ -201,9 +250,21 @@ impl Report {
         let heads = ["topic", "state", "scheduled", "pending", "oldest", "touched", "sent", "duplicates", "set aside"];
         say!("{}\n", table(&heads, topics))?;
         print_consumers(&self.consumers)?;
+        say!("\n{}", table(&RATE_HEADS, self.rates.iter().map(Rate::cells)))?;
         let unattended = self.consumers.iter().filter(|consumer| consumer.sessions == Some(0) && consumer.lag > 0);
         for consumer in unattended {
             say!("\nnobody seems to run consumer {}: no connection bears its name", consumer.consumer)?;
+        }
+        for rate in &self.rates {
+            if let (true, Some(p99_ms), Some(limit_ms)) =
+                (rate.handler_nears_limit, rate.handler_p99_ms, rate.handler_limit_ms)
+            {
+                say!(
+                    "\nthe handler of consumer {} takes up to {} in 99 of 100 calls, more than half of the {limit_ms} ms that it may take",
+                    rate.name,
+                    milliseconds(p99_ms)
+                )?;
+            }
         }
         for blocked in &self.blocked_keys {
             let key = blocked.key.as_ref().map_or_else(String::new, |key| format!(" of key {key:?}"));
@@ -287,6 +348,55 @@ impl ConsumerLag {
             oldest_seconds: row.try_get("oldest_seconds")?,
         })
     }
+}
+
+impl Rate {
+    fn from_row(row: &Row) -> Result<Self, tokio_postgres::Error> {
+        Ok(Self {
+            stage: row.try_get("stage")?,
+            name: row.try_get("name")?,
+            seconds: row.try_get("seconds")?,
+            received: row.try_get("received")?,
+            applied: row.try_get("applied")?,
+            duplicates: row.try_get("duplicates")?,
+            retries: row.try_get("retries")?,
+            dead_letters: row.try_get("dead_letters")?,
+            fenced: row.try_get("fenced")?,
+            received_per_minute: row.try_get("received_per_minute")?,
+            applied_per_minute: row.try_get("applied_per_minute")?,
+            duplicates_per_minute: row.try_get("duplicates_per_minute")?,
+            retries_per_minute: row.try_get("retries_per_minute")?,
+            dead_letters_per_minute: row.try_get("dead_letters_per_minute")?,
+            fenced_per_minute: row.try_get("fenced_per_minute")?,
+            handler_p50_ms: row.try_get("handler_p50_ms")?,
+            handler_p99_ms: row.try_get("handler_p99_ms")?,
+            handler_limit_ms: row.try_get("handler_limit_ms")?,
+            handler_nears_limit: row.try_get("handler_nears_limit")?,
+        })
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let or_none = |cell: Option<String>| cell.unwrap_or_else(|| "-".to_owned());
+        let per_minute = |rate: Option<f64>| or_none(rate.map(|rate| format!("{rate:.1}")));
+        vec![
+            self.stage.clone(),
+            self.name.clone(),
+            per_minute(self.received_per_minute),
+            per_minute(self.applied_per_minute),
+            per_minute(self.duplicates_per_minute),
+            per_minute(self.retries_per_minute),
+            per_minute(self.dead_letters_per_minute),
+            per_minute(self.fenced_per_minute),
+            or_none(self.seconds.map(seconds)),
+            or_none(self.handler_p50_ms.map(milliseconds)),
+            or_none(self.handler_p99_ms.map(milliseconds)),
+        ]
+    }
+}
+
+/// What a call took.
+fn milliseconds(took: f64) -> String {
+    if took < 10.0 { format!("{took:.2} ms") } else { format!("{took:.0} ms") }
 }
 
 impl Blocked {

@@ -6,13 +6,13 @@ use std::time::Duration;
 use pgonce::{
     BatchHandler, Consumer, Epoch, ExternalHandler, Handler, HandlerError, Producer, Received, Relay, Shutdown, Worker,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio_postgres::{Client, Transaction};
 
 use crate::fixture::TestDatabase;
 use crate::probe::{create, eventually, number, numbered, sqlstate, texts};
-use crate::programs::{Running, pgonce};
+use crate::programs::{Running, outcome, pgonce};
 
 const SAMPLE: &str = "select pgonce.sample_rates()::integer::bigint";
 const SAMPLES: &str = "select count(distinct sampled_at) from pgonce.samples";
@@ -302,7 +302,7 @@ async fn a_worker_writes_down_what_its_handlers_take_and_a_sample() {
 }
 
 #[tokio::test]
-async fn a_handler_that_takes_nearly_as_long_as_it_may_is_told_of_in_the_log() {
+async fn a_handler_that_takes_nearly_as_long_as_it_may_is_told_of_in_the_log_and_by_status() {
     let (database, client) = world().await;
     Producer::new("t").send_all(&client, &numbered(1, &[])).await.expect("sent");
     let directory = tempfile::tempdir().expect("a directory");
@@ -326,4 +326,62 @@ async fn a_handler_that_takes_nearly_as_long_as_it_may_is_told_of_in_the_log() {
     daemon.terminate();
     daemon.until_logged("takes more than half of what it may");
     assert!(daemon.end().success());
+    let output = outcome(&["status", "--database-url", &database.url]);
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(
+        text.contains("the handler of consumer c takes up to ") && text.contains("more than half of the 20 ms"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn status_shows_the_rates() {
+    let (database, client) = world().await;
+    let status = |arguments: &[&str]| {
+        let output = outcome(&[&["status", "--database-url", &database.url], arguments].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    course_of_events(&client, 0).await;
+    let cells = |text: &str, stage: &str, name: &str| -> Vec<String> {
+        let mut rows = text.lines().map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+        rows.find(|row| row.len() > 8 && row[..2] == [stage, name]).unwrap_or_else(|| panic!("{text}"))
+    };
+    let text = status(&[]);
+    assert_eq!(cells(&text, "relay", "t"), ["relay", "t", "-", "-", "-", "-", "-", "-", "-", "-", "-"], "{text}");
+
+    // Watching it is enough to have rates, and one sample is.
+    let arguments = ["status", "--watch", "--json", "--database-url", &database.url];
+    let watch = Running::start(pgonce(&arguments).stdout(Stdio::null()));
+    eventually("a sample", async || (number(&client, SAMPLES).await == 1).then_some(())).await;
+    watch.finish();
+    client.batch_execute(&format!("{AGE} 120000000")).await.expect("years later");
+    course_of_events(&client, 1).await;
+    client
+        .batch_execute("select pgonce.record_handler_times('c', 30000, '{40, 80}', '{98, 2}')")
+        .await
+        .expect("recorded");
+    let text = status(&[]);
+    let per_minute = cells(&text, "consumer", "c");
+    assert_eq!(per_minute[..8], ["consumer", "c", "0.0", "0.0", "0.0", "0.0", "0.0", "-"], "{text}");
+    assert!(text.contains("1.02 ms") && text.contains("1049 ms"), "{text}");
+    let report: Value = serde_json::from_str(&status(&["--json"])).expect("JSON");
+    let rates = report["rates"].as_array().expect("a list");
+    let named = |name: &str| rates.iter().find(|rate| rate["name"] == name).expect("a row");
+    let counts = |name: &str| {
+        ["received", "applied", "duplicates", "retries", "dead_letters", "fenced"]
+            .map(|count| named(name)[count].clone())
+    };
+    assert_eq!(counts("t"), [json!(14), json!(10), json!(4), Value::Null, Value::Null, Value::Null]);
+    assert_eq!(counts("c"), [json!(12), json!(6), json!(2), json!(2), json!(2), Value::Null]);
+    assert_eq!(counts("mail"), [json!(0), json!(0), json!(0), json!(0), json!(0), json!(2)]);
+    assert_eq!(counts("inbox"), [Value::Null, Value::Null, json!(2), Value::Null, Value::Null, Value::Null]);
+    let seconds = named("c")["seconds"].as_f64().expect("a number");
+    let applied = named("c")["applied_per_minute"].as_f64().expect("a number");
+    assert!((applied * seconds / 60.0 - 3.0).abs() < 1e-6, "{report}");
+    assert_eq!(
+        ["handler_p50_ms", "handler_p99_ms", "handler_limit_ms", "handler_nears_limit"]
+            .map(|key| named("c")[key].clone()),
+        [json!(1.024), json!(1048.576), json!(30000), json!(false)]
+    );
 }

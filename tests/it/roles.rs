@@ -323,6 +323,10 @@ async fn a_worker_that_may_not_write_numbers_down_does_all_else() {
     let stop = shutdown.clone();
     let worker = tokio::spawn(async move { worker.run(&stop).await });
     eventually("it is counted", async || (!word_counts(&world.owner, CONSUMER).await.is_empty()).then_some(())).await;
+    let arguments = ["status", "--watch", "--database-url", &world.url(&world.reader)];
+    let mut watch = Running::start(pgonce(&arguments).stdout(Stdio::piped()));
+    watch.line_after(" topic");
+    watch.kill();
     shutdown.stop();
     assert_eq!(worker.await.expect("no panic").expect("it stops well").applied, 1);
     assert_eq!(number(&world.owner, "select count(*) from pgonce.samples").await, 0);
