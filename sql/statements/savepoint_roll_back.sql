@@ -1,2 +1,1 @@
-rollback to savepoint pgonce_slice;
-release savepoint pgonce_slice
+rollback to savepoint pgonce_slice

@@ -202,19 +202,19 @@ impl OpenBatch<'_> {
         Ok(slices)
     }
 
-    /// Sets a mark to which a failure goes back.
-    pub(super) async fn set_savepoint(&self) -> Result<(), Error> {
-        Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_set.sql")).await?)
+    /// Sets a mark to which a failure goes back, in the place of the one that is there.
+    pub(super) async fn set_savepoint(&self, is_first: bool) -> Result<(), Error> {
+        let statements = if is_first {
+            include_str!("../../sql/statements/savepoint_set.sql")
+        } else {
+            include_str!("../../sql/statements/savepoint_move.sql")
+        };
+        Ok(self.transaction.batch_execute(statements).await?)
     }
 
-    /// Goes back to the mark, and forgets it.
+    /// Goes back to the mark, which stays.
     pub(super) async fn roll_back(&self) -> Result<(), Error> {
         Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_roll_back.sql")).await?)
-    }
-
-    /// Forgets the mark.
-    pub(super) async fn release_savepoint(&self) -> Result<(), Error> {
-        Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_release.sql")).await?)
     }
 
     /// Fails a message that this transaction has received, after its effect was rolled back.

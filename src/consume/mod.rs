@@ -328,17 +328,16 @@ impl Consumer {
         let mut failed = Failed::default();
         let mut slices = batch.slices(content).await?;
         slices.reverse();
+        let mut is_first = true;
         while let Some(slice) = slices.pop() {
             let slice = slice.without(&failed.withdrawn);
             if slice.offsets.is_empty() {
                 continue;
             }
-            batch.set_savepoint().await?;
+            batch.set_savepoint(is_first).await?;
+            is_first = false;
             match effect.apply_slice(batch, &slice).await {
-                Ok(part) => {
-                    batch.release_savepoint().await?;
-                    failed.add(part);
-                }
+                Ok(part) => failed.add(part),
                 Err(Trouble::Message(blame)) => {
                     let alone = slice.offsets.first().copied().filter(|_| slice.offsets.len() == 1);
                     if let Some(offset) = blame.culprit.map(|offset| offset.0).or(alone) {

@@ -1,0 +1,2 @@
+release savepoint pgonce_slice;
+savepoint pgonce_slice

@@ -1,1 +1,0 @@
-release savepoint pgonce_slice
