@@ -41,11 +41,14 @@ as $$
 declare
   current pgonce.progress;
   is_own boolean;
+  was_parked boolean;
   began bigint;
   waits boolean;
   behind bigint;
   message pgonce.parked;
   withdrawn_ids text[] := '{}';
+  withdrawn_id text;
+  withdrawn_offset bigint;
   answer pgonce.failed;
 begin
   current := pgonce.newest_progress(reader.consumer_id, partition);
@@ -65,7 +68,8 @@ begin
 
   select p.* into message from pgonce.parked p
   where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition and p."offset" = count_failure."offset";
-  if found then
+  was_parked := found;
+  if was_parked then
     if message.taken_by is not null and message.taken_by is distinct from pg_current_xact_id_if_assigned() then
       answer := ('gone', null, null, '{}');
       return next answer;
@@ -103,14 +107,17 @@ begin
   message.taken_by := null;
 
   if permanent or message.attempts >= reader.attempts_max then
-    delete from pgonce.parked p
-    where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition and p."offset" = count_failure."offset";
     insert into pgonce.dead_letters (
       "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, error, payload, headers)
     values (
       message."offset", message.enqueued_at, reader.consumer_id, message.partition, message.attempts, message.bytes,
       message.message_id, message.key, message.error, message.payload, message.headers);
-    perform pgonce.release_next(reader.consumer_id, partition, array[message.key]);
+    if was_parked then
+      delete from pgonce.parked p
+      where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition
+        and p."offset" = count_failure."offset";
+      perform pgonce.release_next(reader.consumer_id, partition, array[message.key]);
+    end if;
     answer.outcome := 'dead';
   else
     message.due_at := coalesce(retry_at, pgonce.next_attempt_at(reader, message.attempts));
@@ -133,12 +140,15 @@ begin
     end if;
   end if;
 
-  with withdrawn as (
+  answer.withdrawn := '{}';
+  foreach withdrawn_id in array withdrawn_ids loop
     delete from pgonce.processed_ids r
-    where r.consumer_id = reader.consumer_id and r.message_id = any (withdrawn_ids)
-    returning r."offset"
-  )
-  select coalesce(array_agg(w."offset" order by w."offset"), '{}') into answer.withdrawn from withdrawn w;
+    where r.consumer_id = reader.consumer_id and r.message_id = withdrawn_id
+    returning r."offset" into withdrawn_offset;
+    if found then
+      answer.withdrawn := answer.withdrawn || withdrawn_offset;
+    end if;
+  end loop;
   if is_own then
     update pgonce.progress p
     set received = p.received - cardinality(answer.withdrawn),
