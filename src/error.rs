@@ -98,8 +98,9 @@ impl ErrorKind {
             "3F000" | "42883" => Self::SchemaMissing,
             // insufficient_privilege
             "42501" => Self::Denied,
-            // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, read_only_sql_transaction
-            "53300" | "57P01" | "57P02" | "57P03" | "25006" => Self::Unavailable,
+            // too_many_connections, admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout,
+            // idle_in_transaction_session_timeout, transaction_timeout, read_only_sql_transaction
+            "53300" | "57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04" | "25006" => Self::Unavailable,
             // character_not_in_repertoire, numeric_value_out_of_range, invalid_text_representation, untranslatable_character
             "22021" | "22003" | "22P02" | "22P05" => Self::Payload,
             connection if connection.starts_with("08") => Self::Unavailable,

@@ -21,6 +21,10 @@ const STATEMENT_BYTES_MAX: usize = 8 << 20;
 
 /// Sends messages to one topic.
 ///
+/// Roll back where a statement of the transaction has failed, whoever's it was: a COMMIT does so as well, and the driver
+/// answers `Ok`. Where the answer to COMMIT was lost, send the same messages again, with their ids: what was committed is
+/// refused as a duplicate.
+///
 /// ```no_run
 /// # async fn example(client: &mut tokio_postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
 /// use pgonce::{Message, Producer};

@@ -2,7 +2,8 @@
 with opened as materialized (
   select
     pgonce.open_batch($1, max => $2, partition => $5, suspects => $6) as messages,
-    pg_catalog.set_config('statement_timeout', $4, true) as timeout,
+    pg_catalog.set_config('statement_timeout', $4, true) as of_statements,
+    pg_catalog.set_config('idle_in_transaction_session_timeout', $7, true) as of_silence,
     pg_catalog.set_config(
       'search_path',
       pg_catalog.concat_ws(', ', nullif(pg_catalog.current_setting('search_path'), ''), pg_catalog.quote_ident($3)),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio_postgres::types::{Json, ToSql, Type};
+use tokio_postgres::types::{Json, Type};
 use tokio_postgres::{Row, Transaction};
 
 use super::failure::{Blame, Trouble, Verdict};
@@ -14,6 +14,9 @@ use crate::message::{MessageId, Offset, Partition, Received};
 
 /// Messages between two savepoints, where some may fail.
 const SLICE_MESSAGES: usize = 16;
+
+/// How late a process may be, with all else that its machine does.
+const SILENCE_MARGIN: Duration = Duration::from_secs(5);
 
 /// What an effect is applied to.
 pub(super) struct OpenBatch<'a> {
@@ -98,16 +101,20 @@ impl Failed {
 impl OpenBatch<'_> {
     /// Receives the batch, with its payloads.
     pub(super) async fn receive(&self) -> Result<Content, Error> {
-        let statement = self.database.schema().sql(include_str!("../../sql/statements/receive_some.sql"));
-        let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
-            (&self.consumer, Type::TEXT),
-            (&self.scope.messages_max, Type::INT4),
-            (&self.scope.partition, Type::INT4),
-            (&self.scope.suspects, Type::BOOL),
-        ];
-        let receive = async { self.transaction.query_typed(&statement, &parameters).await.map_err(Error::from) };
-        // Sent one after the other, and answered together.
-        let (rows, ()) = tokio::try_join!(receive, self.limit_statements())?;
+        let rows = self
+            .transaction
+            .query_typed(
+                &self.database.schema().sql(include_str!("../../sql/statements/receive_some.sql")),
+                &[
+                    (&self.consumer, Type::TEXT),
+                    (&self.scope.messages_max, Type::INT4),
+                    (&self.scope.partition, Type::INT4),
+                    (&self.scope.suspects, Type::BOOL),
+                    (&milliseconds(self.message_timeout), Type::TEXT),
+                    (&milliseconds(self.silence_max()), Type::TEXT),
+                ],
+            )
+            .await?;
         Ok(Content::Rows(rows))
     }
 
@@ -122,9 +129,10 @@ impl OpenBatch<'_> {
                     (&self.consumer, Type::TEXT),
                     (&self.scope.messages_max, Type::INT4),
                     (&schema.name(), Type::TEXT),
-                    (&self.timeout_text(), Type::TEXT),
+                    (&milliseconds(self.message_timeout), Type::TEXT),
                     (&self.scope.partition, Type::INT4),
                     (&self.scope.suspects, Type::BOOL),
+                    (&milliseconds(self.silence_max()), Type::TEXT),
                 ],
             )
             .await?;
@@ -137,15 +145,26 @@ impl OpenBatch<'_> {
         Ok(Content::Opened { messages: messages.unsigned_abs(), has_failed_before: row.try_get("has_failed_before")? })
     }
 
-    /// No statement of a handler outlives its message's time, whatever becomes of the handler.
-    async fn limit_statements(&self) -> Result<(), Error> {
-        let statement = include_str!("../../sql/statements/limit_statements.sql");
-        self.transaction.query_typed(statement, &[(&self.timeout_text(), Type::TEXT)]).await?;
-        Ok(())
+    /// After so long without a statement the server ends the session: whoever stopped, or was cut off from the server, holds
+    /// the partition no longer.
+    ///
+    /// A handler may be silent for its time, and is not begun after a silence of that length ([`Each`](super::handler::Each)).
+    fn silence_max(&self) -> Duration {
+        self.message_timeout.saturating_mul(2).saturating_add(SILENCE_MARGIN)
     }
 
-    fn timeout_text(&self) -> String {
-        self.message_timeout.as_millis().to_string()
+    /// A handler that swallowed an error left an aborted transaction, whose COMMIT would roll back and report success; one
+    /// that ended the transaction itself left none. A statement tells.
+    pub(super) async fn expect_open(&self) -> Result<(), Error> {
+        let statement = include_str!("../../sql/statements/batch_is_open.sql");
+        let is_open: Option<bool> = self.transaction.query_typed_one(statement, &[]).await?.try_get("is_open")?;
+        if is_open == Some(true) {
+            return Ok(());
+        }
+        let message = format!("handler of consumer {:?} ended the transaction that it was given", self.consumer);
+        Err(Error::new(ErrorKind::Handler, message).with_hint(
+            "It must neither commit nor roll back: what it received may be committed without the rest of its effect.",
+        ))
     }
 
     /// Runs statements, none of which can end the transaction.
@@ -276,6 +295,11 @@ impl<'a> Slice<'a> {
         };
         (0..self.offsets.len()).step_by(size).map(part).collect()
     }
+}
+
+/// A time as the server's settings have it.
+fn milliseconds(time: Duration) -> String {
+    i32::try_from(time.as_millis()).unwrap_or(i32::MAX).to_string()
 }
 
 /// Reads a received message from its row.

@@ -176,7 +176,7 @@ fn is_permanent(error: &(dyn StdError + 'static)) -> bool {
 /// SQLSTATEs for which no message is to blame, as `try_statements` has them: the connection, the server, another
 /// transaction; a statement that no message can make right, or a right that is missing.
 fn is_elsewhere(code: &str) -> bool {
-    matches!(code, "40001" | "40P01" | "55P03" | "25006" | "57P01" | "57P02" | "57P03")
+    matches!(code, "40001" | "40P01" | "55P03" | "25006" | "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P05")
         || ["08", "0A", "2D", "3D", "3F", "42", "53", "58", "F0", "XX"].iter().any(|class| code.starts_with(class))
 }
 

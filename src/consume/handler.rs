@@ -4,7 +4,7 @@ use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use tokio_postgres::{Row, Transaction};
@@ -94,11 +94,24 @@ pub(crate) trait Effect: Send + Sync {
 pub(super) struct Each<H>(pub(super) H);
 
 impl<H: Handler> Each<H> {
-    async fn handle(&self, batch: &OpenBatch<'_>, row: &Row) -> Result<(), Trouble> {
-        let message = received(row)?;
-        let culprit = Some(message.offset);
-        let handling = self.0.handle(batch.transaction, message);
-        batch.times.measure(bounded(batch.consumer, batch.message_timeout, culprit, handling)).await
+    async fn handle<'r>(
+        &self,
+        batch: &OpenBatch<'_>,
+        rows: impl Iterator<Item = &'r Row> + Send,
+    ) -> Result<(), Trouble> {
+        let mut heard_at = Instant::now();
+        for row in rows {
+            // Handlers need not send anything, and a silence of that length says to the server that nobody is there.
+            if heard_at.elapsed() >= batch.message_timeout {
+                batch.expect_open().await?;
+                heard_at = Instant::now();
+            }
+            let message = received(row)?;
+            let culprit = Some(message.offset);
+            let handling = self.0.handle(batch.transaction, message);
+            batch.times.measure(bounded(batch.consumer, batch.message_timeout, culprit, handling)).await?;
+        }
+        Ok(())
     }
 }
 
@@ -108,12 +121,7 @@ impl<H: Handler> Effect for Each<H> {
     }
 
     fn apply<'a>(&'a self, batch: &'a OpenBatch<'a>, content: &'a Content) -> BoxFuture<'a, Result<(), Trouble>> {
-        Box::pin(async move {
-            for row in content.rows() {
-                self.handle(batch, row).await?;
-            }
-            Ok(())
-        })
+        Box::pin(self.handle(batch, content.rows().iter()))
     }
 
     fn apply_slice<'a>(
@@ -122,9 +130,7 @@ impl<H: Handler> Effect for Each<H> {
         slice: &'a Slice<'a>,
     ) -> BoxFuture<'a, Result<Failed, Trouble>> {
         Box::pin(async move {
-            for row in &slice.rows {
-                self.handle(batch, row).await?;
-            }
+            self.handle(batch, slice.rows.iter().copied()).await?;
             Ok(Failed::default())
         })
     }

@@ -1,5 +1,6 @@
 //! Tests against a real PostgreSQL: one server a run, a database a test, in parallel, without sleeps.
 
+mod books;
 mod docker;
 mod fixture;
 mod probe;
@@ -33,6 +34,7 @@ mod references;
 mod relay;
 mod roles;
 mod schema;
+mod silence;
 mod sql;
 mod suspicion;
 mod tidy;

@@ -1,1 +1,0 @@
-select pg_catalog.set_config('statement_timeout', $1, true)
