@@ -5,6 +5,8 @@ mod docker;
 mod fixture;
 mod probe;
 mod programs;
+mod proxy;
+mod work;
 
 mod interleaving;
 
@@ -14,6 +16,7 @@ mod commands;
 mod connect;
 mod consume;
 mod container;
+mod cut;
 mod dead_letter;
 mod documents;
 mod dump;
