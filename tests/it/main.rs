@@ -35,6 +35,7 @@ mod rates;
 mod receive;
 mod references;
 mod relay;
+mod retries;
 mod roles;
 mod schema;
 mod silence;
