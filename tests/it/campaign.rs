@@ -1,5 +1,6 @@
-//! A campaign: messages that fail in every way, while processes, sessions and the server are killed at random. Nothing is
-//! lost, doubled or reordered, and exactly what must die is dead.
+//! A campaign: messages that fail in every way, while processes, sessions and the server are killed at random, and
+//! connections of the producer and of one process are cut at random messages. Nothing is lost, doubled or reordered, and
+//! exactly what must die is dead.
 //!
 //! `PGONCE_TEST_MESSAGES` makes it longer, `PGONCE_TEST_SEED` brings one back; the moments of the kills stay random.
 
@@ -19,6 +20,7 @@ use tokio_postgres::{Client, NoTls, Transaction};
 
 use crate::probe::{number, texts};
 use crate::process::Random;
+use crate::proxy::{Cut, Proxy, Towards};
 
 const TOPIC: &str = "t";
 const CONSUMER: &str = "c";
@@ -29,6 +31,8 @@ const KEYS: u64 = 60;
 const CHUNK: u64 = 50;
 /// Messages that kill their processes: each takes some twenty of them.
 const ABORTS_MAX: usize = 2;
+/// Messages of the protocol after which a connection is cut, at the most; one in two is.
+const CUT_AFTER_MAX: u64 = 500;
 /// Longest time without a message applied.
 const STANDSTILL_MAX: Duration = Duration::from_secs(120);
 
@@ -192,6 +196,17 @@ async fn send(url: &str, client: &mut Client, chunk: &[Message]) {
     }
 }
 
+/// A proxy that cuts some connections, wherever the seed says.
+async fn cutting(url: &str, seed: u64) -> Proxy {
+    let mut random = Random(seed.rotate_left(32) | 1);
+    let rule = move |_: &[u8]| {
+        let towards = if random.below(2) == 0 { Towards::Server } else { Towards::Client };
+        let after = usize::try_from(random.below(CUT_AFTER_MAX)).expect("small");
+        (random.below(2) == 0).then_some(Cut { towards, after })
+    };
+    Proxy::start(url, rule).await
+}
+
 async fn prepare(url: &str) {
     let mut client = connect(url).await;
     migrate(&mut client, &Schema::default()).await.expect("migrated");
@@ -240,11 +255,13 @@ async fn under_all_faults_nothing_is_lost_doubled_or_reordered() {
             .expect("no panic");
     let url = server.url("pgonce");
     prepare(&url).await;
-    let mut children = [start(&url), start(&url)];
+    let proxy = cutting(&url, seed).await;
+    let urls = [proxy.url.clone(), url.clone()];
+    let mut children = [start(&urls[0]), start(&urls[1])];
 
     let mut tasks = Tasks::default();
     let (mut deaths, mut sent) = (0_u32, 0);
-    let mut client = connect(&url).await;
+    let mut client = connect(&proxy.url).await;
     // It pins the xmin horizon, until the server is restarted.
     let old = connect(&url).await;
     old.batch_execute("begin isolation level repeatable read; select count(*) from pgonce.queue").await.expect("begun");
@@ -252,7 +269,7 @@ async fn under_all_faults_nothing_is_lost_doubled_or_reordered() {
     loop {
         if sent < messages {
             let chunk: Vec<Message> = (0..CHUNK).map(|_| tasks.next(&mut random)).collect();
-            send(&url, &mut client, &chunk).await;
+            send(&proxy.url, &mut client, &chunk).await;
             sent += CHUNK;
         } else {
             let done = "select count(*) + (select count(*) from pgonce.dead_letters) from applied";
@@ -278,10 +295,10 @@ async fn under_all_faults_nothing_is_lost_doubled_or_reordered() {
             .await
             .expect("no panic");
         }
-        for child in &mut children {
+        for (child, url) in children.iter_mut().zip(&urls) {
             if child.try_wait().expect("a child").is_some() {
                 deaths += 1;
-                *child = start(&url);
+                *child = start(url);
             }
         }
     }
@@ -291,6 +308,6 @@ async fn under_all_faults_nothing_is_lost_doubled_or_reordered() {
     }
 
     tasks.judge(&connect(&url).await, seed).await;
-    println!("{deaths} processes died");
+    println!("{deaths} processes died, {} connections were cut", proxy.cuts());
     tokio::task::spawn_blocking(move || server.stop()).await.expect("no panic").expect("the server stops");
 }
