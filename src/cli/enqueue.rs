@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
+use tokio_postgres::Transaction;
 
 use super::Outcome;
 use super::connection::{Connection, Installed};
@@ -131,9 +132,16 @@ fn time(text: &str) -> anyhow::Result<SystemTime> {
     Ok(time.try_into()?)
 }
 
+/// Begins a transaction that does not last where the program is stopped: whoever sends the same ids waits for its end.
+async fn begin(installed: &mut Installed) -> Result<Transaction<'_>, Error> {
+    let transaction = installed.session.transaction().await?;
+    transaction.query_typed(include_str!("../../sql/statements/limit_silence.sql"), &[]).await?;
+    Ok(transaction)
+}
+
 /// Sends a chunk in a transaction of its own, whole or not at all.
 async fn send(installed: &mut Installed, producer: &Producer, chunk: &Chunk) -> anyhow::Result<Vec<Sent>> {
-    let transaction = installed.session.transaction().await.map_err(Error::from)?;
+    let transaction = begin(installed).await?;
     let error = match producer.send_all(&transaction, &chunk.messages).await {
         Ok(sent) => {
             transaction.commit().await.map_err(Error::from)?;
@@ -144,7 +152,7 @@ async fn send(installed: &mut Installed, producer: &Producer, chunk: &Chunk) -> 
     };
     transaction.rollback().await.map_err(Error::from)?;
     // One of them is refused: which?
-    let transaction = installed.session.transaction().await.map_err(Error::from)?;
+    let transaction = begin(installed).await?;
     for (message, line) in chunk.messages.iter().zip(&chunk.lines) {
         if let Err(error) = producer.send(&transaction, message).await {
             return Err(anyhow::Error::from(error).context(format!("line {line} is refused")));

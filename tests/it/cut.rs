@@ -185,5 +185,5 @@ async fn the_command_that_enqueues_may_lose_its_connection_at_any_message_and_is
         world.settle(async |direct| consumer.step(direct).await).await;
         assert_applied(&world.client, world.sent()).await;
     };
-    cut_everywhere("pgonce enqueue", "pgonce", [18, 40], world, async |world| world.rounds += 1, work, judge).await;
+    cut_everywhere("pgonce enqueue", "pgonce", [22, 45], world, async |world| world.rounds += 1, work, judge).await;
 }

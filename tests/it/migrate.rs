@@ -109,10 +109,13 @@ async fn the_printed_sql_refuses_a_version_that_it_is_not_for() {
 async fn the_printed_sql_leaves_the_settings_of_its_transaction() {
     let database = TestDatabase::empty().await;
     let client = database.connect().await;
-    let settings = "select concat_ws(' ', current_setting('search_path'), current_setting('lock_timeout'),
+    let settings = "select concat_ws(' ', current_setting('search_path'), current_setting('lock_timeout'), current_setting('idle_in_transaction_session_timeout'),
                       current_setting('client_min_messages'), current_setting('role'), current_user, session_user)";
     client
-        .batch_execute("create table history (version integer); begin; set local lock_timeout = '7s'")
+        .batch_execute(
+            "create table history (version integer); begin; set local lock_timeout = '7s';
+                        set local idle_in_transaction_session_timeout = '7min'",
+        )
         .await
         .expect("as a tool does");
     let before = texts(&client, settings).await;

@@ -4,15 +4,15 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pgonce::{Consumer, Database, Handler, HandlerError, Producer, Received, Relay, Schema, Shutdown, Worker};
+use pgonce::{Consumer, Database, Handler, HandlerError, Producer, Received, Relay, Schema, Shutdown, Worker, migrate};
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::Value;
 use tokio_postgres::{Client, Transaction};
 
 use crate::books::assert_applied;
 use crate::fixture::TestDatabase;
-use crate::probe::{eventually, idle_in_transaction, number, texts};
-use crate::programs::Running;
+use crate::probe::{create, eventually, idle_in_transaction, number, texts};
+use crate::programs::{Running, outcome};
 use crate::worker::{APPLIED, CONSUMER, INSERT, TOPIC, keyed, prepared};
 
 /// Names the database to the child.
@@ -138,4 +138,39 @@ async fn a_batch_has_its_limits_and_the_session_keeps_its_own() {
         let session = pool.session().await.expect("the same session");
         assert_eq!(texts(&session, SETTINGS).await, ["0 7s"]);
     }
+}
+
+#[tokio::test]
+async fn an_installation_and_a_chunk_of_lines_have_their_limits() {
+    let note = "
+        create table public.noted (silence text not null);
+        create function public.note() returns event_trigger language plpgsql as $$
+        begin
+          insert into public.noted values (current_setting('idle_in_transaction_session_timeout'));
+        end $$;
+        create event trigger note on ddl_command_end execute function public.note()";
+    let database = TestDatabase::empty().await;
+    let mut client = database.connect().await;
+    client.batch_execute(note).await.expect("created");
+    migrate(&mut client, &Schema::default()).await.expect("installed");
+    let noted = "select distinct silence from public.noted";
+    assert_eq!(texts(&client, noted).await, ["30s"]);
+
+    create(&client, TOPIC, 1, CONSUMER).await;
+    let note = "
+        drop event trigger note;
+        truncate public.noted;
+        create function public.note_row() returns trigger language plpgsql as $$
+        begin
+          insert into public.noted values (current_setting('idle_in_transaction_session_timeout'));
+          return new;
+        end $$;
+        create trigger note before insert on pgonce.outbox for each row execute function public.note_row()";
+    client.batch_execute(note).await.expect("created");
+    let directory = tempfile::tempdir().expect("a directory");
+    let lines = directory.path().join("lines");
+    std::fs::write(&lines, r#"{"payload": 1}"#).expect("written");
+    let output = outcome(&["enqueue", TOPIC, lines.to_str().expect("text"), "--database-url", &database.url]);
+    assert!(output.status.success());
+    assert_eq!(texts(&client, noted).await, ["30s"]);
 }
