@@ -223,6 +223,7 @@ declare
   current pgonce.progress;
   careful_until bigint;
   has_suspect boolean;
+  is_turn_of_new boolean;
   batch record;
   waiting bigint;
   known text[];
@@ -246,6 +247,7 @@ begin
   if has_suspect or current.next_offset < careful_until then
     max := 1;
   end if;
+  is_turn_of_new := pgonce.is_turn_of_new(reader, partition, current.next_offset);
 
   for message in
     select b.partition, b."offset", b.message_id, b.key, b.payload, b.headers, b.enqueued_at, b.attempts + 1, true
@@ -256,6 +258,7 @@ begin
         where k.consumer_id = reader.consumer_id and k.partition = peek.partition
           and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset
           and k.is_suspect = has_suspect
+          and (has_suspect or not is_turn_of_new)
           and (reader.failure_policy <> 'block' or not exists (
             select from pgonce.parked f
             where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
@@ -322,7 +325,7 @@ begin
     where l.consumer_id = reader.consumer_id and l.partition = peek.partition;
   end if;
 end $$;
-comment on function pgonce.peek is 'The next messages of a partition that was acquired, up to max (and about max_bytes, at least one message): those that failed before and are due, or new ones in the order of their offsets. They stay until ack or nack, and come again to whoever peeks. Commit it before the effect begins. No rows: nothing to do, or the partition was acquired by somebody else, or another session is at it. Errors: PO002, PO003, PO007 (not an external consumer), PO009 (a hole), PO010 (READ COMMITTED only).';
+comment on function pgonce.peek is 'The next messages of a partition that was acquired, up to max (and about max_bytes, at least one message): those that failed before and are due, or new ones in the order of their offsets, in turns. They stay until ack or nack, and come again to whoever peeks. Commit it before the effect begins. No rows: nothing to do, or the partition was acquired by somebody else, or another session is at it. Errors: PO002, PO003, PO007 (not an external consumer), PO009 (a hole), PO010 (READ COMMITTED only).';
 
 create or replace function pgonce.ack(
   consumer text, partition integer, epoch bigint, from_offset bigint, to_offset bigint)

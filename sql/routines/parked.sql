@@ -1,7 +1,7 @@
 -- Parked: the messages that wait to be tried again, those that wait behind them, and how they come back.
 --
 -- With park_key only the first parked message of a key is due; the others have no time. When it is taken or given up, the
--- next one becomes due.
+-- next one becomes due. Batches of parked messages and of new ones take turns, where there are both.
 --
 -- Locks: none of its own; whoever calls has the offset lock of the partition.
 -- Indexes: those of parked; the primary keys of queue and processed_ids; dead_letters_offset.
@@ -107,6 +107,34 @@ begin
 end $$;
 comment on function pgonce.has_something is 'Internal: whether a consumer may find something to receive in a partition, from that offset on or parked.';
 
+create or replace function pgonce.is_turn_of_new(reader pgonce.consumers, partition integer, next_offset bigint)
+returns boolean
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+begin
+  -- With block nothing new is received while something is parked; and under suspicion it is foretold what comes next.
+  if reader.failure_policy = 'block' or pgonce.is_under_suspicion(reader, partition, next_offset) then
+    return false;
+  end if;
+  -- The offset did not move with the batch before.
+  perform from (
+    select p.next_offset from pgonce.progress p
+    where p.consumer_id = reader.consumer_id and p.partition = is_turn_of_new.partition
+    order by p.generation desc
+    offset 1 limit 1) before
+  where before.next_offset = is_turn_of_new.next_offset;
+  if not found then
+    return false;
+  end if;
+  perform from pgonce.queue q
+  where q.topic_id = reader.topic_id and q.partition = is_turn_of_new.partition and q."offset" >= next_offset
+  order by q."offset"
+  limit 1;
+  return found;
+end $$;
+comment on function pgonce.is_turn_of_new is 'Internal: whether the next batch is of new messages, since the last one was not: what fails again and again must not keep all else waiting.';
+
 create or replace function pgonce.take_parked(
   reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint, suspects boolean,
   out recorded bigint[], out duplicates integer)
@@ -142,6 +170,8 @@ begin
       and k.is_suspect and k.taken_by is null and k."offset" < take_parked.next_offset and k.due_at <= present);
   if is_alone then
     max := 1;
+  elsif pgonce.is_turn_of_new(reader, partition, next_offset) then
+    return;
   end if;
   loop
     taken := '{}';

@@ -5,8 +5,8 @@
 -- Indexes: the primary keys of queue (topic_id, partition, offset), progress and processed_ids. Every look at the queue is
 -- in the order of the offsets, with sorting switched off: so no statistics can make another index look as good.
 --
--- What failed before. Messages that are parked (parked.sql) come back through receive, ahead of new ones and in the order of
--- their keys; a batch has either. They stay in `parked`, marked by the transaction that took them, until a later receive
+-- What failed before. Messages that are parked (parked.sql) come back through receive, in the order of their keys; a batch
+-- has either these or new ones, in turns. They stay in `parked`, marked by the transaction that took them, until a later receive
 -- removes them: so the view `received` can show them, and no payload is copied back. New messages that must not overtake
 -- a parked one are parked behind it, and the offset moves past them.
 --
@@ -362,7 +362,7 @@ begin atomic
     receive.consumer, receive.max, receive.partition, receive.max_bytes, receive.suspects,
     pgonce.seen_progress(receive.consumer, receive.partition)) r;
 end;
-comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets; those first that failed before and are due again (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO009 (a hole), PO011 (twice in one statement).';
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets, or those that failed before and are due again, in turns (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO009 (a hole), PO011 (twice in one statement).';
 
 create or replace function pgonce.open_batch(
   consumer text,

@@ -238,6 +238,29 @@ async fn a_few_executions_tell_which_messages_statements_fail_at() {
 }
 
 #[tokio::test]
+async fn what_fails_again_and_again_delays_nothing_by_more_than_a_batch() {
+    for consumer in consumers() {
+        let consumer = consumer.batch_messages(2);
+        let (_database, client, pool) = world("park_key", "a1! b1! c1! d1! e1! f1!").await;
+        client.batch_execute("update pgonce.consumers set attempts_max = 1000").await.expect("changed");
+        drain(&client, &pool, &consumer).await;
+        let others: Vec<Message> = (0..6).map(|nth| message(&format!("x{nth}"), None)).collect();
+        publish(&client, &pool, &others).await;
+        let mut applied = 0;
+        for _ in 0..6 {
+            client.batch_execute(HURRY).await.expect("due");
+            applied += consumer.step(&pool).await.expect("a step").applied;
+        }
+        assert_eq!(applied, 6, "{consumer:?}");
+        assert_eq!(
+            number(&client, "select max(attempts)::bigint from pgonce.parked").await,
+            2,
+            "and they get their turns"
+        );
+    }
+}
+
+#[tokio::test]
 async fn what_hangs_or_panics_fails_alone() {
     for (consumer, evil) in consumers().into_iter().zip([&["sleep", "hang", "panic"][..], &["hang"], &["sleep"]]) {
         let consumer = consumer.message_timeout(Duration::from_millis(300));

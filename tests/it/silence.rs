@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Transaction};
 
 use crate::books::assert_applied;
 use crate::fixture::TestDatabase;
-use crate::probe::{create, eventually, idle_in_transaction, number, texts};
+use crate::probe::{create, eventually, number, texts};
 use crate::programs::{Running, outcome};
 use crate::worker::{APPLIED, CONSUMER, INSERT, TOPIC, keyed, prepared};
 
@@ -65,7 +65,8 @@ async fn who_stops_in_an_open_batch_loses_it_and_goes_on_well() {
     let mut command = Command::new(std::env::current_exe().expect("a path"));
     command.args(["--exact", "--ignored", "silence::child"]).env(URL, &database.url);
     let child = Running::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
-    eventually("it has stopped", async || (idle_in_transaction(&client).await == 1).then_some(())).await;
+    let free = "select count(*) from (select from pgonce.consumer_partitions for no key update skip locked) p";
+    eventually("it has begun a batch", async || (number(&client, free).await == 0).then_some(())).await;
     let pool = database.database(1);
     let consumer = Consumer::sql(CONSUMER, INSERT);
     assert_eq!(consumer.step(&pool).await.expect("a step").applied, 0, "it still has the partition");
