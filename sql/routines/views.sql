@@ -90,14 +90,15 @@ select
   end as sessions,
   coalesce(sum(o.failures), 0)::bigint as failures,
   (select count(*) from pgonce.parked k where k.consumer_id = c.consumer_id and k.taken_by is null) as parked,
-  (select count(*) from pgonce.dead_letters d where d.consumer_id = c.consumer_id and d.state = 'dead') as dead
+  (select count(*) from pgonce.dead_letters d where d.consumer_id = c.consumer_id and d.state = 'dead') as dead,
+  c.kind
 from pgonce.consumers c
 left join pgonce.topics t using (topic_id)
 left join pgonce.consumer_offsets o on o.consumer_id = c.consumer_id
 left join pgonce.partition_heads h on h.topic_id = o.topic_id and h.partition = o.partition
 left join pgonce.queue w on w.topic_id = o.topic_id and w.partition = o.partition and w."offset" = o.next_offset
-group by c.consumer_id, c.consumer, t.topic, c.paused;
-comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do; null where PostgreSQL cannot keep the name there (beyond 62 characters, or beyond ASCII). failures counts attempts that failed, parked and dead the messages that wait to be tried again, or behind one that does, and those that were given up. An inbox has no lag.';
+group by c.consumer_id, c.consumer, t.topic, c.paused, c.kind;
+comment on view pgonce.consumer_lag is 'Each consumer''s lag: messages in the queue that it has not received, the age of the oldest of them, and how many it has received and refused as duplicates. sessions counts connections whose application_name ends in a space and its name, as those of the program and the library do; null where PostgreSQL cannot keep the name there (beyond 62 characters, or beyond ASCII). failures counts attempts that failed, parked and dead the messages that wait to be tried again, or behind one that does, and those that were given up. kind: transactional, or external for effects outside of this database. An inbox has no lag.';
 
 create or replace view pgonce.blocked_keys as
 select

@@ -11,7 +11,7 @@ use super::config::{ATTEMPTS, FailurePolicy, StartAt, WAIT_MS};
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer};
+use crate::{ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -25,7 +25,8 @@ pub(super) struct Consumer {
 enum Action {
     /// Create a consumer, or make of an existing one what is said.
     #[command(after_help = "Examples:\n  pgonce consumer create billing --topic orders --start-at latest\n  \
-        pgonce consumer create webhooks")]
+        pgonce consumer create shop-hooks --topic orders --kind external\n  \
+        pgonce consumer create inbox")]
     Create {
         /// Its name, 1 to 255 bytes.
         consumer: String,
@@ -35,6 +36,9 @@ enum Action {
         /// Where a new consumer begins.
         #[arg(long, value_enum, default_value = "earliest", requires = "topic")]
         start_at: StartAt,
+        /// Where its effects are; it cannot change later [default: transactional].
+        #[arg(long, value_enum, requires = "topic")]
+        kind: Option<Kind>,
         #[command(flatten)]
         failures: Failures,
         #[command(flatten)]
@@ -55,6 +59,24 @@ enum Action {
     Resume(Named),
     /// Delete a consumer with its offsets and its record of what it has processed. Effects in your tables stay.
     Delete(Destroyed),
+}
+
+/// Where the effects of a consumer are.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Kind {
+    /// In this database, in the transaction that receives.
+    Transactional,
+    /// Elsewhere, under a lease, at least once.
+    External,
+}
+
+impl From<Kind> for ConsumerKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Transactional => Self::Transactional,
+            Kind::External => Self::External,
+        }
+    }
 }
 
 /// What becomes of a message whose attempt failed.
@@ -93,11 +115,11 @@ struct Place {
 impl Consumer {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         match self.action {
-            Action::Create { consumer, topic, start_at, failures, connection } => {
+            Action::Create { consumer, topic, start_at, kind, failures, connection } => {
                 let installed = connection.installed().await?;
                 let schema = installed.schema();
                 let settings = ConsumerSettings {
-                    kind: None,
+                    kind: kind.map(Into::into),
                     start_at: start_at.into(),
                     failure_policy: failures.failure_policy.map(Into::into),
                     attempts_max: failures.attempts_max,
@@ -158,6 +180,7 @@ pub(super) async fn create(
                 (&settings.attempts_max, Type::INT4),
                 (&settings.backoff_min_ms, Type::INT4),
                 (&settings.backoff_max_ms, Type::INT4),
+                (&settings.kind.map(ConsumerKind::name), Type::TEXT),
             ],
         )
         .await?;

@@ -15,8 +15,20 @@ use super::text::{count, parse_duration, print_json, say, seconds, state, table}
 use crate::{Error, Shutdown};
 
 /// Columns of the table of consumers.
-const CONSUMER_HEADS: [&str; 11] =
-    ["consumer", "topic", "state", "lag", "oldest", "received", "duplicates", "failures", "parked", "dead", "sessions"];
+const CONSUMER_HEADS: [&str; 12] = [
+    "consumer",
+    "topic",
+    "kind",
+    "state",
+    "lag",
+    "oldest",
+    "received",
+    "duplicates",
+    "failures",
+    "parked",
+    "dead",
+    "sessions",
+];
 /// Columns of the table of rates.
 const RATE_HEADS: [&str; 11] = [
     "per minute",
@@ -87,6 +99,8 @@ struct TopicBacklog {
 pub(super) struct ConsumerLag {
     pub(super) consumer: String,
     topic: Option<String>,
+    /// `transactional`, or `external`.
+    kind: String,
     paused: bool,
     lag: i64,
     received: i64,
@@ -302,6 +316,7 @@ pub(super) fn print_consumers(consumers: &[ConsumerLag]) -> std::io::Result<()> 
         vec![
             consumer.consumer.clone(),
             consumer.topic.clone().unwrap_or_else(|| "(inbox)".to_owned()),
+            consumer.kind.clone(),
             state(consumer.paused),
             consumer.lag.to_string(),
             seconds(consumer.oldest_seconds),
@@ -337,6 +352,7 @@ impl ConsumerLag {
         Ok(Self {
             consumer: row.try_get("consumer")?,
             topic: row.try_get("topic")?,
+            kind: row.try_get("kind")?,
             paused: row.try_get("paused")?,
             lag: row.try_get("lag")?,
             received: row.try_get("received")?,

@@ -71,6 +71,29 @@ async fn topics_and_consumers_are_created_shown_paused_and_deleted() {
 }
 
 #[tokio::test]
+async fn an_external_consumer_is_created_and_told_from_others() {
+    let database = TestDatabase::new().await;
+    said(&database, &["topic", "create", TOPIC]);
+    let create = ["consumer", "create", "outside", "--topic", TOPIC, "--kind"];
+    let kinds = |kind| [&create[..], &[kind]].concat();
+    assert_eq!(said(&database, &kinds("external")), "created consumer outside\n");
+    assert_eq!(said(&database, &kinds("external")), "consumer outside is there\n");
+    assert_eq!(said(&database, &create[..5]), "consumer outside is there\n");
+    let refused = outcome(&[&kinds("transactional")[..], &["--database-url", &database.url]].concat());
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && why.contains("is external"), "{why}");
+    said(&database, &["consumer", "create", "within", "--topic", TOPIC]);
+    let kinds = |report: &Value| [report[0]["kind"].clone(), report[1]["kind"].clone()];
+    let both = [json!("external"), json!("transactional")];
+    assert_eq!(kinds(&report(&database, &["consumer", "list"])), both);
+    assert_eq!(kinds(&report(&database, &["status"])["consumers"]), both);
+    assert_eq!(report(&database, &["consumer", "show", "outside"])["kind"], "external");
+    for command in [&["consumer", "list"] as &[&str], &["consumer", "show", "outside"], &["status"]] {
+        assert!(said(&database, command).contains(" external "), "{command:?}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_created_is_said_and_what_is_there_is_told_from_it() {
     let database = TestDatabase::new().await;
     for (arguments, words) in [
