@@ -16,6 +16,9 @@ mod produce;
 mod relay;
 mod topic;
 
+#[cfg(feature = "webhook")]
+mod webhook;
+
 mod member;
 mod rates;
 mod shutdown;
@@ -43,6 +46,8 @@ pub use shutdown::Shutdown;
 pub use topic::{
     ConsumerKind, ConsumerSettings, FailurePolicy, StartAt, TopicSettings, create_consumer, create_topic, process_once,
 };
+#[cfg(feature = "webhook")]
+pub use webhook::{Webhook, WebhookSettings};
 pub use worker::{Report, Worker};
 
 /// The Rust of the guide is compiled with the tests of the documentation.

@@ -37,6 +37,8 @@ pub(crate) use self::failure::failed;
 use self::parameters::{Parameters, invalid_value};
 use self::password_file::Login;
 use self::tls::Settings;
+#[cfg(feature = "webhook")]
+pub(crate) use self::tls::{system_certificates, verifying};
 use crate::error::{Error, ErrorKind};
 
 /// How long a host may take to let us in, where the URL says nothing.

@@ -229,21 +229,41 @@ impl ServerCertVerifier for AnyName {
 fn root_certificates(place: &str) -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
     if place == SYSTEM {
-        let found = rustls_native_certs::load_native_certs();
-        roots.add_parsable_certificates(found.certs);
-        if roots.is_empty() {
-            let why = found.errors.first().map_or_else(|| "it is empty".to_owned(), ToString::to_string);
-            let message = format!("the operating system's store of certificates cannot be used: {why}");
-            return Err(Error::new(ErrorKind::Invalid, message)
-                .with_hint("Install it (on Debian: ca-certificates), or let sslrootcert name a file."));
-        }
-        return Ok(roots);
+        return system_certificates();
     }
     let path = Path::new(place);
     for certificate in certificates(path)? {
         roots.add(certificate).map_err(|error| unusable(path, &error.to_string()))?;
     }
     Ok(roots)
+}
+
+/// Those of the authorities that the operating system trusts.
+///
+/// # Errors
+///
+/// [`ErrorKind::Invalid`] if there are none.
+pub(crate) fn system_certificates() -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        let why = found.errors.first().map_or_else(|| "it is empty".to_owned(), ToString::to_string);
+        let message = format!("the operating system's store of certificates cannot be used: {why}");
+        return Err(Error::new(ErrorKind::Invalid, message).with_hint(
+            "Install it (on Debian: ca-certificates), or name a file: in SSL_CERT_FILE, or, for the database, in sslrootcert.",
+        ));
+    }
+    Ok(roots)
+}
+
+/// TLS with servers whose certificates are for their names, and signed by one of these authorities.
+#[cfg(feature = "webhook")]
+pub(crate) fn verifying(roots: RootCertStore) -> Result<ClientConfig, Error> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| Error::new(ErrorKind::Defect, format!("TLS cannot be set up: {error}")))?;
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
 /// The certificates of a file, of which there is at least one.

@@ -45,4 +45,5 @@ mod tidy;
 mod topic;
 mod upgrade;
 mod watch;
+mod webhook;
 mod worker;

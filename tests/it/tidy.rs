@@ -18,6 +18,7 @@ const FLOORS: &[&[&str]] = &[
     &["database", "sql"],
     &["lease"],
     &["produce", "relay", "consume", "topic"],
+    &["webhook"],
     &["shutdown"],
     &["watch", "member", "rates"],
     &["worker"],
@@ -272,7 +273,9 @@ async fn the_sample_configuration_runs() {
         let database = TestDatabase::new().await;
         let file = file.to_str().expect("text");
         let arguments = ["run", "--database-url", &database.url, "--config", file];
-        let mut daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()));
+        let mut command = pgonce(&arguments);
+        command.env("SHOP_WEBHOOK_SECRET", "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD");
+        let mut daemon = Running::start(command.stdout(Stdio::null()).stderr(Stdio::piped()));
         daemon.until_logged("running");
         daemon.finish();
         let client = database.connect().await;
