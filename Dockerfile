@@ -27,3 +27,5 @@ RUN cargo build --locked --release --bin pgonce
 
 FROM base
 COPY --from=compiled /src/target/release/pgonce /usr/local/bin/pgonce
+# Whom to trust when a webhook is sent. Without the stage above, mount such a file, and name it in SSL_CERT_FILE.
+COPY --from=compiled /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt

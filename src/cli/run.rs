@@ -202,7 +202,8 @@ async fn serve(database: Database, config: &Config, shutdown: &Shutdown) -> anyh
         worker = worker.relay(topic.stage());
     }
     for consumer in &config.consumers {
-        worker = worker.consumer_with(consumer.stage(), consumer.loops());
+        let stage = consumer.stage().with_context(|| format!("consumer {:?}", consumer.name));
+        worker = worker.consumer_with(stage.map_err(|error| Usage(format!("{error:#}")))?, consumer.loops());
     }
     // Dropped half way it leaves nothing: each of its statements is a transaction.
     tokio::select! {

@@ -204,6 +204,15 @@ async fn the_guide_to_the_daemon_can_be_followed() {
 }
 
 #[tokio::test]
+async fn the_guide_to_webhooks_can_be_followed() {
+    if Command::new("python3").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: docs/webhooks.md: there is no Python on this machine");
+        return;
+    }
+    follow_guide("docs/webhooks.md").await;
+}
+
+#[tokio::test]
 async fn what_is_said_about_operating_can_be_run() {
     let database = TestDatabase::new().await;
     create(&database.connect().await, "orders", 1, "billing").await;

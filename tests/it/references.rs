@@ -1,5 +1,5 @@
 //! The reference of SQL lists what there is, and nothing else; and no document names what is not there. (That of the
-//! configuration is checked where the keys and flags are, in `src/cli/config.rs`.)
+//! configuration is checked where the keys and flags are, in `src/cli/config/mod.rs`.)
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,6 @@
 //! Webhooks, against a real HTTP server: what is sent, what an answer means, and what must not be called.
 
+mod daemon;
 mod endpoint;
 
 use std::time::{Duration, SystemTime};

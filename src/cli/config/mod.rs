@@ -1,21 +1,20 @@
 //! `pgonce.toml`: what the daemon runs. `config/pgonce.toml` shows every key.
 
+mod consumer;
+
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use serde::Deserialize;
 
+use self::consumer::ConsumerEntry;
+pub(super) use self::consumer::{FailurePolicy, StartAt};
 use super::Usage;
-use crate::{Consumer, ConsumerSettings, Relay, Schema};
+use crate::{Error, Relay, Schema};
 
-/// Most loops of a consumer: each needs a connection.
-const LOOPS_MAX: usize = 64;
-/// Loops of a consumer, where nothing else is said.
-const LOOPS: usize = 2;
 /// Messages that a stage may take at a time.
 const BATCH_MESSAGES: RangeInclusive<i32> = 1..=10_000;
 /// Bytes of the name of a topic or a consumer.
@@ -61,89 +60,19 @@ pub(super) struct Topic {
     pub(super) relay_batch_messages: Option<i32>,
 }
 
-/// A consumer.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct ConsumerEntry {
-    pub(super) name: String,
-    pub(super) topic: String,
-    pub(super) kind: Kind,
-    /// For the kind `sql`: one statement, or several separated by semicolons.
-    pub(super) statements: Option<String>,
-    #[serde(default)]
-    pub(super) start_at: StartAt,
-    pub(super) batch_messages: Option<i32>,
-    pub(super) loops: Option<usize>,
-    pub(super) failure_policy: Option<FailurePolicy>,
-    pub(super) attempts_max: Option<i32>,
-    pub(super) backoff_min_ms: Option<i32>,
-    pub(super) backoff_max_ms: Option<i32>,
-    pub(super) message_timeout_ms: Option<i32>,
-}
-
-/// What a consumer does with its messages.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Kind {
-    /// Counts words into `word_counts`.
-    WordCount,
-    /// Runs SQL over `received`.
-    Sql,
-}
-
-/// Where a consumer begins when it is created.
-#[derive(Clone, Copy, Debug, Default, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum StartAt {
-    /// With the earliest message that is kept.
-    #[default]
-    Earliest,
-    /// With the next message that is relayed.
-    Latest,
-}
-
-impl From<StartAt> for crate::StartAt {
-    fn from(start_at: StartAt) -> Self {
-        match start_at {
-            StartAt::Earliest => Self::Earliest,
-            StartAt::Latest => Self::Latest,
-        }
-    }
-}
-
-/// What waits while a message that failed is tried again.
-#[derive(Clone, Copy, Debug, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub(super) enum FailurePolicy {
-    /// The later messages of its key.
-    ParkKey,
-    /// All that comes after it in its partition.
-    Block,
-    /// Nothing: later messages of its key overtake it.
-    Skip,
-}
-
-impl From<FailurePolicy> for crate::FailurePolicy {
-    fn from(policy: FailurePolicy) -> Self {
-        match policy {
-            FailurePolicy::ParkKey => Self::ParkKey,
-            FailurePolicy::Block => Self::Block,
-            FailurePolicy::Skip => Self::Skip,
-        }
-    }
-}
-
 impl Config {
     /// Reads and checks a file.
     pub(super) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config: Self = toml::from_str(&text).map_err(|error| {
             let hint = hint(error.message()).map_or_else(String::new, |hint| format!("\n  {hint}"));
+            // Not the line itself, which its own text quotes: somebody may have written a secret there.
+            let before = error.span().map_or(0, |span| span.start);
+            let line = 1 + text.bytes().take(before).filter(|byte| *byte == b'\n').count();
             Usage(format!(
-                "{} is not a configuration of pgonce: {}{hint}",
+                "{} is not a configuration of pgonce: line {line}: {}{hint}",
                 path.display(),
-                error.to_string().trim_end()
+                error.message()
             ))
         })?;
         config
@@ -158,7 +87,7 @@ impl Config {
             bail!("graceful_stop_seconds of {seconds}: 0 to {GRACEFUL_STOP_SECONDS_MAX} are possible");
         }
         if let Some(name) = &self.schema {
-            Schema::new(name).map_err(|error| anyhow!("{error}. {}", error.hint().unwrap_or_default()))?;
+            Schema::new(name).map_err(|error| explained(&error))?;
         }
         let mut names = BTreeSet::new();
         for topic in &self.topics {
@@ -173,7 +102,6 @@ impl Config {
             if !names.insert(&consumer.name) {
                 bail!("consumer {:?} stands there twice", consumer.name);
             }
-            consumer.check_failures()?;
         }
         Ok(())
     }
@@ -187,20 +115,7 @@ impl Config {
 
     /// Adds a word count at its defaults.
     pub(super) fn add_word_count(&mut self, name: &str, topic: &str) {
-        self.consumers.push(ConsumerEntry {
-            name: name.to_owned(),
-            topic: topic.to_owned(),
-            kind: Kind::WordCount,
-            statements: None,
-            start_at: StartAt::default(),
-            batch_messages: None,
-            loops: None,
-            failure_policy: None,
-            attempts_max: None,
-            backoff_min_ms: None,
-            backoff_max_ms: None,
-            message_timeout_ms: None,
-        });
+        self.consumers.push(ConsumerEntry::word_count(name, topic));
     }
 }
 
@@ -222,74 +137,9 @@ impl Topic {
     }
 }
 
-impl ConsumerEntry {
-    fn check(&self) -> anyhow::Result<()> {
-        check_name("name", &self.name)?;
-        check_name("topic", &self.topic)?;
-        check_bounds("batch_messages", self.batch_messages, BATCH_MESSAGES)?;
-        check_bounds("loops", self.loops, 1..=LOOPS_MAX)?;
-        match (&self.kind, &self.statements) {
-            (Kind::Sql, None) => bail!("kind = \"sql\" needs statements"),
-            (Kind::Sql, Some(statements)) if is_comment(statements) => {
-                bail!("kind = \"sql\" needs statements, and there are only comments and blanks")
-            }
-            (Kind::WordCount, Some(_)) => bail!("statements go only with kind = \"sql\""),
-            (Kind::Sql, Some(_)) | (Kind::WordCount, None) => Ok(()),
-        }
-    }
-
-    /// The stage that this entry describes.
-    pub(super) fn stage(&self) -> Consumer {
-        let stage = match &self.kind {
-            Kind::WordCount => Consumer::word_count(&self.name),
-            Kind::Sql => Consumer::sql(&self.name, self.statements.as_deref().unwrap_or_default()),
-        };
-        let stage = match self.batch_messages {
-            Some(messages) => stage.batch_messages(messages),
-            None => stage,
-        };
-        match self.message_timeout_ms.and_then(|longest| u64::try_from(longest).ok()) {
-            Some(longest) => stage.message_timeout(Duration::from_millis(longest)),
-            None => stage,
-        }
-    }
-
-    /// How it is created, and what an existing one is to be.
-    pub(super) fn settings(&self) -> ConsumerSettings {
-        ConsumerSettings {
-            kind: None,
-            start_at: self.start_at.into(),
-            failure_policy: self.failure_policy.map(Into::into),
-            attempts_max: self.attempts_max,
-            backoff_min_ms: self.backoff_min_ms,
-            backoff_max_ms: self.backoff_max_ms,
-        }
-    }
-
-    fn check_failures(&self) -> anyhow::Result<()> {
-        for (key, value, bounds) in [
-            ("attempts_max", self.attempts_max, ATTEMPTS),
-            ("backoff_min_ms", self.backoff_min_ms, WAIT_MS),
-            ("backoff_max_ms", self.backoff_max_ms, WAIT_MS),
-            ("message_timeout_ms", self.message_timeout_ms, WAIT_MS),
-        ] {
-            if let Some(value) = value.filter(|value| !bounds.contains(&i64::from(*value))) {
-                let (least, most) = bounds.into_inner();
-                bail!("consumer {:?}: {key} of {value}: {least} to {most} are possible", self.name);
-            }
-        }
-        if let (Some(least), Some(most)) = (self.backoff_min_ms, self.backoff_max_ms)
-            && least > most
-        {
-            bail!("consumer {:?}: backoff_min_ms of {least} is above backoff_max_ms of {most}", self.name);
-        }
-        Ok(())
-    }
-
-    /// How many of it run at the same time.
-    pub(super) fn loops(&self) -> usize {
-        self.loops.unwrap_or(LOOPS)
-    }
+/// An error with its hint.
+fn explained(error: &Error) -> anyhow::Error {
+    anyhow!("{error}. {}", error.hint().unwrap_or_default())
 }
 
 fn check_name(key: &str, name: &str) -> anyhow::Result<()> {
@@ -304,20 +154,6 @@ fn check_bounds<T: PartialOrd + Display>(key: &str, value: Option<T>, bounds: Ra
     match value.filter(|value| !bounds.contains(value)) {
         Some(value) => bail!("{key} of {value}: {} to {} are possible", bounds.start(), bounds.end()),
         None => Ok(()),
-    }
-}
-
-/// Whether SQL is nothing but comments, blanks and semicolons.
-fn is_comment(sql: &str) -> bool {
-    let mut rest = sql;
-    loop {
-        rest = rest.trim_start_matches(|next: char| next.is_whitespace() || next == ';');
-        let end = match rest.get(..2) {
-            Some("--") => "\n",
-            Some("/*") => "*/",
-            _ => return rest.is_empty(),
-        };
-        rest = rest.split_once(end).map_or("", |(_, after)| after);
     }
 }
 
@@ -371,7 +207,7 @@ mod tests {
 
     #[test]
     fn the_sample_file_shows_every_key() {
-        let sample = include_str!("../../config/pgonce.toml");
+        let sample = include_str!("../../../config/pgonce.toml");
         for (_, keys) in keys() {
             for key in keys {
                 let is_shown = sample.lines().any(|line| {
@@ -385,7 +221,7 @@ mod tests {
 
     /// What the tables of a part of the reference begin their rows with.
     fn listed(heading: &str) -> BTreeSet<String> {
-        let reference = include_str!("../../docs/configuration.md");
+        let reference = include_str!("../../../docs/configuration.md");
         let part = reference.split("\n## ").find(|part| part.starts_with(heading)).expect("a part");
         let first = |line: &str| line.strip_prefix("| `")?.split('`').next().map(str::to_owned);
         part.lines().filter_map(first).collect()
@@ -403,8 +239,8 @@ mod tests {
 
     #[test]
     fn the_reference_lists_the_flags_and_variables_as_they_are() {
-        let reference = include_str!("../../docs/configuration.md");
-        let root = super::super::Cli::command();
+        let reference = include_str!("../../../docs/configuration.md");
+        let root = crate::cli::Cli::command();
         let mut flags = BTreeSet::new();
         let mut variables = BTreeSet::new();
         let daemons = ["run", "relay", "consume"].map(|name| root.find_subcommand(name).expect("it is there"));
@@ -442,33 +278,6 @@ mod tests {
         ] {
             let config: Config = toml::from_str(text).expect("it can be read");
             let error = format!("{:#}", config.check().expect_err("refused"));
-            assert!(error.contains(reason), "{error}");
-        }
-    }
-
-    #[test]
-    fn sql_is_told_from_comments() {
-        for sql in ["", " ;\n", "-- nothing", "--\n-- select 1\n;", "/* select 1 */ -- x", "/* open"] {
-            assert!(is_comment(sql), "{sql}");
-        }
-        for sql in ["select 1", "-- a\nselect 1", "/* a */ select 1 /* b */", "- 1", "ä"] {
-            assert!(!is_comment(sql), "{sql}");
-        }
-    }
-
-    #[test]
-    fn settings_of_failures_are_bounded() {
-        for (setting, reason) in [
-            ("attempts_max = 0", "attempts_max of 0: 1 to 1000"),
-            ("attempts_max = 1001", "attempts_max of 1001: 1 to 1000"),
-            ("backoff_min_ms = 0", "backoff_min_ms of 0: 1 to 86400000"),
-            ("backoff_max_ms = 86400001", "backoff_max_ms of 86400001: 1 to 86400000"),
-            ("message_timeout_ms = 0", "message_timeout_ms of 0: 1 to 86400000"),
-            ("backoff_min_ms = 2\nbackoff_max_ms = 1", "backoff_min_ms of 2 is above backoff_max_ms of 1"),
-        ] {
-            let text = format!("[[consumer]]\nname = 'a'\ntopic = 't'\nkind = 'word_count'\n{setting}");
-            let config: Config = toml::from_str(&text).expect("it can be read");
-            let error = config.check().expect_err("refused").to_string();
             assert!(error.contains(reason), "{error}");
         }
     }
