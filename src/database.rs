@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::{Hook, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use tokio::sync::Mutex;
 use tokio_postgres::Client;
 
 use crate::connect::{self, Listener, Target};
@@ -20,12 +21,16 @@ use crate::schema::Schema;
 
 /// How long to wait for a connection of the pool.
 const POOL_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long to wait for two of them, the time to open them included.
+const PAIR_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// A database in which the schema of pgonce is, or will be, installed. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Database {
     pool: Pool,
     schema: Schema,
+    /// Held by whoever takes two connections: of several that have one each and wait for another, none might ever get it.
+    pairing: Arc<Mutex<()>>,
     /// How to connect outside of the pool; unknown where the pool is the caller's.
     target: Option<Arc<Target>>,
 }
@@ -34,7 +39,7 @@ impl Database {
     /// Uses a pool of yours. A [`Worker`](crate::Worker) on it cannot listen for notifications, and asks more often.
     #[must_use]
     pub fn new(pool: Pool, schema: Schema) -> Self {
-        Self { pool, schema, target: None }
+        Self { pool, schema, pairing: Arc::default(), target: None }
     }
 
     /// Makes a pool of up to `connections_max` connections, which are opened when they are needed.
@@ -90,7 +95,7 @@ impl Database {
             .map_err(|error| {
                 Error::new(ErrorKind::Invalid, format!("no pool of {connections_max} connections: {error}"))
             })?;
-        Ok(Self { pool, schema, target: Some(Arc::new(target)) })
+        Ok(Self { pool, schema, pairing: Arc::default(), target: Some(Arc::new(target)) })
     }
 
     /// The same database, for one stage: with a pool of its own, whose connections say in `application_name` what they are
@@ -138,6 +143,27 @@ impl Database {
     pub async fn session(&self) -> Result<Session, Error> {
         let connection = self.pool.get().await.map_err(|error| connect::failed(error, self.target.as_deref()))?;
         Ok(Session { connection: Some(connection) })
+    }
+
+    /// Takes two connections, for a unit of work that needs both.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`session`](Self::session); [`ErrorKind::Invalid`] where the pool has only one.
+    pub(crate) async fn session_pair(&self) -> Result<(Session, Session), Error> {
+        let connections_max = self.pool.status().max_size;
+        if connections_max < 2 {
+            return Err(Error::new(ErrorKind::Invalid, format!("a pool of {connections_max} connections"))
+                .with_hint("A delivery mode with two transactions needs two connections for each step at a time."));
+        }
+        let pair = async {
+            let _alone = self.pairing.lock().await;
+            Ok((self.session().await?, self.session().await?))
+        };
+        tokio::time::timeout(PAIR_WAIT_MAX, pair).await.unwrap_or_else(|_elapsed| {
+            let message = format!("no two connections were free within {} s", PAIR_WAIT_MAX.as_secs());
+            Err(Error::new(ErrorKind::Unavailable, message))
+        })
     }
 }
 

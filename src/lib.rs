@@ -33,7 +33,7 @@ pub mod embedded;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
-pub use consume::{BatchHandler, Consumed, Consumer, ExternalHandler, Failure, Handler, HandlerError};
+pub use consume::{BatchHandler, Consumed, Consumer, Delivery, ExternalHandler, Failure, Handler, HandlerError};
 pub use database::{Database, Session};
 pub use error::{Error, ErrorKind, Remedy};
 pub use lease::Epoch;

@@ -35,6 +35,7 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/consumer.sql"),
     include_str!("../sql/routines/parked.sql"),
     include_str!("../sql/routines/fail.sql"),
+    include_str!("../sql/routines/handover.sql"),
     include_str!("../sql/routines/receive.sql"),
     include_str!("../sql/routines/apply.sql"),
     include_str!("../sql/routines/member.sql"),

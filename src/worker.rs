@@ -107,10 +107,12 @@ impl Worker {
         self
     }
 
-    /// Connections that it uses at the same time: one a relay, one a loop of a consumer, and two to hear of new messages.
+    /// Connections that it uses at the same time: one a relay, one a loop of a consumer (two where its effects are not
+    /// [exactly once](crate::Delivery)), and two to hear of new messages.
     #[must_use]
     pub fn connections(&self) -> usize {
-        self.relays.len() + self.consumers.iter().map(|(_, loops)| loops).sum::<usize>() + WATCH_CONNECTIONS
+        let of_consumers = self.consumers.iter().map(|(consumer, loops)| loops * consumer.connections());
+        self.relays.len() + of_consumers.sum::<usize>() + WATCH_CONNECTIONS
     }
 
     /// Runs all stages until `shutdown` asks to stop, or one of them fails in a way that time does not mend (an unknown
@@ -138,7 +140,8 @@ impl Worker {
         let names = self.consumers.iter().map(|(consumer, _)| consumer.name().to_owned()).collect();
         for (consumer, loops) in self.consumers {
             let bell = bells.for_consumer(consumer.name());
-            let database = self.database.for_stage(consumer.name(), loops)?;
+            consumer.check_delivery()?;
+            let database = self.database.for_stage(consumer.name(), loops * consumer.connections())?;
             for _ in 0..loops {
                 stages.push((Work::Consumer(Arc::clone(&consumer)), Arc::clone(&bell), database.clone()));
             }

@@ -14,6 +14,8 @@ create type pgonce.received_message as (
 comment on type pgonce.received_message is 'What receive answers, and what the view received shows. attempt: how often it has been tried, this time included.';
 create type pgonce.failed as (outcome text, attempts integer, due_at timestamptz, withdrawn bigint[]);
 comment on type pgonce.failed is 'What fail has made of a message: parked, dead, or gone (somebody else has settled it). withdrawn: the offsets that this transaction had received, and no longer has.';
+create type pgonce.buried as (outcome text);
+comment on type pgonce.buried is 'What bury has made of a message: dead, or gone (it is not recorded there, or somebody is at it).';
 create type pgonce.acquired as (partition integer, epoch bigint);
 comment on type pgonce.acquired is 'What acquire answers: a partition, and the epoch that every later call for it has to carry.';
 create type pgonce.peeked as (

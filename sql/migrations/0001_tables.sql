@@ -229,7 +229,10 @@ create table pgonce.progress (
   failures bigint not null default 0 check (failures >= 0),
   dead bigint not null default 0 check (dead >= 0),
   writer xid8 not null default pg_current_xact_id(),
-  primary key (consumer_id, partition, generation)
+  handler xid8,
+  handed_over bigint[] check (cardinality(handed_over) between 1 and 10000),
+  primary key (consumer_id, partition, generation),
+  check ((handler is null) = (handed_over is null))
 );
 comment on table pgonce.progress is 'How far each consumer has come. Appended by the holder of the offset lock; the newest generation is in force (view consumer_offsets). Its number also tells a stale statement from a fresh one (receive.sql).';
 comment on column pgonce.progress.consumer_id is 'The consumer.';
@@ -241,6 +244,8 @@ comment on column pgonce.progress.duplicates is 'Messages left out, ever, becaus
 comment on column pgonce.progress.failures is 'Attempts that failed, ever.';
 comment on column pgonce.progress.dead is 'Messages that became dead letters, ever.';
 comment on column pgonce.progress.writer is 'The transaction that wrote this generation: how receive notices that one statement runs it twice.';
+comment on column pgonce.progress.handler is 'At most once: the transaction of the handler that is at messages which are recorded as processed; its COMMIT brings a generation without it. Where that transaction is over and this is still the newest generation, it was rolled back.';
+comment on column pgonce.progress.handed_over is 'The offsets of these messages.';
 
 create table pgonce.leases (
   epoch bigint not null default 0 check (epoch >= 0),

@@ -39,6 +39,24 @@ begin
 end $$;
 comment on function pgonce.transactional_row is 'Internal: the consumer of that name, which reads a topic and has its effects here, or PO002, or PO007.';
 
+create or replace function pgonce.lock_partition(reader pgonce.consumers, partition integer)
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+begin
+  perform from pgonce.consumer_partitions p
+  where p.consumer_id = reader.consumer_id and p.partition = lock_partition.partition
+  for no key update;
+  if not found then
+    -- Dropped while we waited: say so.
+    perform pgonce.consumer_row(reader.consumer);
+    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, reader.consumer),
+      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
+  end if;
+end $$;
+comment on function pgonce.lock_partition is 'Internal: takes the offset lock of a partition, for which it waits, or PO002 or PO003 where there is none.';
+
 create or replace function pgonce.create_consumer(
   consumer text,
   topic text default null,

@@ -31,6 +31,24 @@ begin
 end $$;
 comment on function pgonce.next_attempt_at is 'Internal: when a message is due again after so many failed attempts.';
 
+create or replace function pgonce.give_up(message pgonce.parked, was_parked boolean)
+returns void
+language plpgsql volatile
+as $$
+begin
+  insert into pgonce.dead_letters (
+    "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, error, payload, headers)
+  values (
+    message."offset", message.enqueued_at, message.consumer_id, message.partition, message.attempts, message.bytes,
+    message.message_id, message.key, message.error, message.payload, message.headers);
+  if was_parked then
+    delete from pgonce.parked p
+    where p.consumer_id = message.consumer_id and p.partition = message.partition and p."offset" = message."offset";
+    perform pgonce.release_next(message.consumer_id, message.partition, array[message.key]);
+  end if;
+end $$;
+comment on function pgonce.give_up is 'Internal: makes a message a dead letter; what waited behind it, if it was parked, goes on.';
+
 create or replace function pgonce.count_failure(
   reader pgonce.consumers, partition integer, "offset" bigint, error text, permanent boolean, retry_at timestamptz,
   may_be_received boolean)
@@ -107,17 +125,7 @@ begin
   message.taken_by := null;
 
   if permanent or message.attempts >= reader.attempts_max then
-    insert into pgonce.dead_letters (
-      "offset", enqueued_at, consumer_id, partition, attempts, bytes, message_id, key, error, payload, headers)
-    values (
-      message."offset", message.enqueued_at, reader.consumer_id, message.partition, message.attempts, message.bytes,
-      message.message_id, message.key, message.error, message.payload, message.headers);
-    if was_parked then
-      delete from pgonce.parked p
-      where p.consumer_id = reader.consumer_id and p.partition = count_failure.partition
-        and p."offset" = count_failure."offset";
-      perform pgonce.release_next(reader.consumer_id, partition, array[message.key]);
-    end if;
+    perform pgonce.give_up(message, was_parked);
     answer.outcome := 'dead';
   else
     message.due_at := coalesce(retry_at, pgonce.next_attempt_at(reader, message.attempts));
@@ -190,15 +198,7 @@ as $$
 declare
   reader pgonce.consumers := pgonce.transactional_row(consumer);
 begin
-  perform from pgonce.consumer_partitions p
-  where p.consumer_id = reader.consumer_id and p.partition = fail.partition
-  for no key update;
-  if not found then
-    -- Dropped while we waited: say so.
-    perform pgonce.consumer_row(consumer);
-    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
-      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
-  end if;
+  perform pgonce.lock_partition(reader, partition);
   return query select f.* from pgonce.count_failure(reader, partition, "offset", error, permanent, retry_at, true) f;
 end $$;
 comment on function pgonce.fail is 'Counts a failed attempt of a message and applies the failure policy of the consumer: the message is parked until a time that grows with each attempt (or retry_at), or, after attempts_max or if permanent, becomes a dead letter. Call it in the transaction that received the message, after a rollback of the effect to a savepoint behind receive, or in a later one. Waits for whoever is at the partition. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO010 (READ COMMITTED only, unless this transaction has received).';

@@ -83,7 +83,12 @@ as $$
 declare
   -- A function that changes from row to row would be no bound of an index.
   present constant timestamptz := clock_timestamp();
+  lives constant boolean := pgonce.handler_lives(reader.consumer_id, partition);
 begin
+  if lives is not null then
+    -- What a handler that is gone has left behind is something.
+    return not lives;
+  end if;
   -- One look into an index each, whatever the statistics say: `limit 1` cannot become a join, and outside of `exists`
   -- the order stays.
   perform from pgonce.parked k

@@ -32,8 +32,10 @@ begin
   get diagnostics answer.queued = row_count;
   delete from pgonce.parked k
   where k.consumer_id in (select c.consumer_id from pgonce.consumers c where c.topic_id = target.topic_id);
-  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
-  select p.consumer_id, p.partition, p.generation + 1, h.next_offset, p.received, p.duplicates, p.failures, p.dead
+  insert into pgonce.progress (
+    consumer_id, partition, generation, next_offset, received, duplicates, failures, dead, handler, handed_over)
+  select p.consumer_id, p.partition, p.generation + 1, h.next_offset, p.received, p.duplicates, p.failures, p.dead,
+         p.handler, p.handed_over
   from pgonce.consumers c
   join pgonce.consumer_partitions cp using (consumer_id)
   cross join lateral pgonce.newest_progress(cp.consumer_id, cp.partition) p

@@ -99,9 +99,11 @@ as $$
 begin
   -- Under the lock nobody else adds a generation. A caller above READ COMMITTED whose snapshot is too old for the
   -- newest one gets 40001 here.
-  insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates, failures, dead)
-  values (changed.consumer_id, changed.partition, changed.generation + 1, changed.next_offset, changed.received,
-          changed.duplicates, changed.failures, changed.dead)
+  insert into pgonce.progress (
+    consumer_id, partition, generation, next_offset, received, duplicates, failures, dead, handler, handed_over)
+  values (
+    changed.consumer_id, changed.partition, changed.generation + 1, changed.next_offset, changed.received,
+    changed.duplicates, changed.failures, changed.dead, changed.handler, changed.handed_over)
   on conflict do nothing;
   if not found then
     raise exception using errcode = 'PO012', message = 'a newer generation of progress than the newest',
@@ -241,6 +243,10 @@ begin
     continue when not found;
     current := pgonce.newest_progress(reader.consumer_id, target.partition);
     continue when current.generation is distinct from target.generation;
+    if current.handler is not null then
+      continue when not pgonce.end_handover(reader, target.partition);
+      current := pgonce.newest_progress(reader.consumer_id, target.partition);
+    end if;
     -- Who does not want suspects leaves such a partition to take_suspicion, which names the partition.
     continue when not suspects and receive_seen.partition is null
       and pgonce.is_under_suspicion(reader, target.partition, current.next_offset);

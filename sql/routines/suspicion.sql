@@ -54,6 +54,7 @@ begin
   delete from pgonce.suspicions s
   where s.consumer_id = reader.consumer_id and s.partition = clear_suspicion.partition
     and (s.until_offset <= next_offset or not pgonce.has_something(reader, partition, next_offset))
+    and pgonce.handler_lives(s.consumer_id, s.partition) is not true
     and not exists (
       select from pgonce.parked k
       where k.consumer_id = s.consumer_id and k.partition = s.partition and k.is_suspect and k.taken_by is null);
@@ -80,7 +81,7 @@ begin
     perform from pgonce.consumer_partitions p
     where p.consumer_id = reader.consumer_id and p.partition = suspicion.partition
     for no key update skip locked;
-    continue when not found;
+    continue when not found or pgonce.handler_lives(reader.consumer_id, suspicion.partition);
     -- Looked at again under the lock.
     select s.* into suspicion from pgonce.suspicions s
     where s.consumer_id = reader.consumer_id and s.partition = suspicion.partition;

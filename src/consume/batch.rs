@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio_postgres::types::{Json, Type};
+use tokio_postgres::types::{Json, ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
+use super::delivery::Tried;
 use super::failure::{Blame, Trouble, Verdict};
 use super::handler_times::HandlerTimes;
 use crate::database::Database;
@@ -22,7 +23,10 @@ const SILENCE_MARGIN: Duration = Duration::from_secs(5);
 pub(super) struct OpenBatch<'a> {
     pub(super) consumer: &'a str,
     pub(super) database: &'a Database,
-    pub(super) transaction: &'a Transaction<'a>,
+    /// Receives, records, and counts failures.
+    pub(super) records: &'a Transaction<'a>,
+    /// The handler's: the same one where effects are exactly once.
+    pub(super) effects: &'a Transaction<'a>,
     pub(super) scope: Scope,
     pub(super) message_timeout: Duration,
     pub(super) times: &'a HandlerTimes,
@@ -66,6 +70,12 @@ impl Content {
         }
     }
 
+    /// The partition and the offsets of the rows.
+    fn places(&self) -> Result<(i32, Vec<i64>), Error> {
+        let slice = Slice::of_rows(&self.rows().iter().collect::<Vec<_>>())?;
+        Ok((slice.partition.0, slice.offsets))
+    }
+
     /// Whether messages among them failed before.
     pub(super) fn has_failed_before(&self) -> Result<bool, Error> {
         match self {
@@ -102,7 +112,7 @@ impl OpenBatch<'_> {
     /// Receives the batch, with its payloads.
     pub(super) async fn receive(&self) -> Result<Content, Error> {
         let rows = self
-            .transaction
+            .records
             .query_typed(
                 &self.database.schema().sql(include_str!("../../sql/statements/receive_some.sql")),
                 &[
@@ -122,7 +132,7 @@ impl OpenBatch<'_> {
     pub(super) async fn open(&self) -> Result<Content, Error> {
         let schema = self.database.schema();
         let row = self
-            .transaction
+            .records
             .query_typed_one(
                 &schema.sql(include_str!("../../sql/statements/open_batch.sql")),
                 &[
@@ -153,31 +163,112 @@ impl OpenBatch<'_> {
         self.message_timeout.saturating_mul(2).saturating_add(SILENCE_MARGIN)
     }
 
+    /// Prepares the handler's transaction, where it is not the one that receives.
+    pub(super) async fn open_effects(&self) -> Result<(), Error> {
+        let statement = include_str!("../../sql/statements/open_effects.sql");
+        let (timeout, silence) = (milliseconds(self.message_timeout), milliseconds(self.silence_max()));
+        self.effects.query_typed(statement, &[(&timeout, Type::TEXT), (&silence, Type::TEXT)]).await?;
+        Ok(())
+    }
+
+    /// The same, and the number of that transaction.
+    pub(super) async fn open_effects_and_number(&self) -> Result<String, Error> {
+        let statement = include_str!("../../sql/statements/transaction_id.sql");
+        let number = async { self.effects.query_typed_one(statement, &[]).await.map_err(Error::from) };
+        // Sent one after the other, and answered together.
+        let ((), row) = tokio::try_join!(self.open_effects(), number)?;
+        Ok(row.try_get("transaction_id")?)
+    }
+
+    /// Notes that a handler whose transaction has that number has what was received.
+    pub(super) async fn hand_over(&self, content: &Content, handler: &str) -> Result<(), Error> {
+        let statement = self.database.schema().sql(include_str!("../../sql/statements/hand_over.sql"));
+        let (partition, offsets) = content.places()?;
+        let parameters: [(&(dyn ToSql + Sync), Type); 4] = [
+            (&self.consumer, Type::TEXT),
+            (&partition, Type::INT4),
+            (&offsets, Type::INT8_ARRAY),
+            (&handler, Type::TEXT),
+        ];
+        self.records.query_typed(&statement, &parameters).await?;
+        Ok(())
+    }
+
+    /// Says at the end of the handler's transaction what became of what it was handed over.
+    pub(super) async fn finish_handover(&self, content: &Content, tried: &Tried) -> Result<(), Error> {
+        let statement = self.database.schema().sql(include_str!("../../sql/statements/finish_handover.sql"));
+        let (partition, _) = content.places()?;
+        let parameters: [(&(dyn ToSql + Sync), Type); 5] = [
+            (&self.consumer, Type::TEXT),
+            (&partition, Type::INT4),
+            (&tried.failed, Type::INT8_ARRAY),
+            (&tried.errors, Type::TEXT_ARRAY),
+            (&tried.untried, Type::INT8_ARRAY),
+        ];
+        let is_finished: bool = self.effects.query_typed_one(&statement, &parameters).await?.try_get("is_finished")?;
+        if !is_finished {
+            return Err(self.was_ended());
+        }
+        for offset in &tried.failed {
+            // Not the error: it may quote the message. The dead letters have it.
+            tracing::warn!(
+                consumer.name = self.consumer,
+                message.partition = partition,
+                message.offset = offset,
+                "a message failed and is dead"
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes back what was written down before, where a process may have died of it.
+    pub(super) async fn clear_suspicion(&self) -> Result<(), Error> {
+        let Some(partition) = self.scope.partition else { return Ok(()) };
+        let statement = self.database.schema().sql(include_str!("../../sql/statements/clear_suspicion.sql"));
+        self.records.query_typed(&statement, &[(&self.consumer, Type::TEXT), (&partition, Type::INT4)]).await?;
+        Ok(())
+    }
+
     /// A handler that swallowed an error left an aborted transaction, whose COMMIT would roll back and report success; one
     /// that ended the transaction itself left none. A statement tells.
     pub(super) async fn expect_open(&self) -> Result<(), Error> {
-        let statement = include_str!("../../sql/statements/batch_is_open.sql");
-        let is_open: Option<bool> = self.transaction.query_typed_one(statement, &[]).await?.try_get("is_open")?;
-        if is_open == Some(true) {
+        self.expect_one_open(self.effects).await?;
+        self.hear_of_records().await
+    }
+
+    /// Where the transaction that received is another one: it is silent meanwhile, and may be so for no longer than any. Were it
+    /// gone, a batch would be repeated for ever.
+    async fn hear_of_records(&self) -> Result<(), Error> {
+        if std::ptr::eq(self.records, self.effects) {
             return Ok(());
         }
+        self.expect_one_open(self.records).await
+    }
+
+    async fn expect_one_open(&self, transaction: &Transaction<'_>) -> Result<(), Error> {
+        let row = transaction.query_typed_one(include_str!("../../sql/statements/batch_is_open.sql"), &[]).await?;
+        let is_open: Option<bool> = row.try_get("is_open")?;
+        if is_open == Some(true) { Ok(()) } else { Err(self.was_ended()) }
+    }
+
+    fn was_ended(&self) -> Error {
         let message = format!("handler of consumer {:?} ended the transaction that it was given", self.consumer);
-        Err(Error::new(ErrorKind::Handler, message).with_hint(
+        Error::new(ErrorKind::Handler, message).with_hint(
             "It must neither commit nor roll back: what it received may be committed without the rest of its effect.",
-        ))
+        )
     }
 
     /// Runs statements, none of which can end the transaction.
     pub(super) async fn run(&self, statements: &str) -> Result<(), Error> {
         let statement = self.database.schema().sql(include_str!("../../sql/statements/apply_statements.sql"));
-        self.transaction.query_typed(&statement, &[(&statements, Type::TEXT)]).await?;
+        self.effects.query_typed(&statement, &[(&statements, Type::TEXT)]).await?;
         Ok(())
     }
 
     /// Runs statements over a slice. Messages that fail by themselves are found, and failed, in the server.
     pub(super) async fn try_statements(&self, slice: &Slice<'_>, statements: &str) -> Result<Failed, Error> {
         let row = self
-            .transaction
+            .effects
             .query_typed_one(
                 &self.database.schema().sql(include_str!("../../sql/statements/try_statements.sql")),
                 &[
@@ -213,7 +304,7 @@ impl OpenBatch<'_> {
             }
             Content::Opened { .. } => {
                 let statement = self.database.schema().sql(include_str!("../../sql/statements/batch_offsets.sql"));
-                let row = self.transaction.query_typed_one(&statement, &[]).await?;
+                let row = self.records.query_typed_one(&statement, &[]).await?;
                 let partition = Partition(row.try_get("partition")?);
                 slices.push(Slice { partition, offsets: row.try_get("offsets")?, rows: Vec::new(), is_alone: false });
             }
@@ -228,12 +319,13 @@ impl OpenBatch<'_> {
         } else {
             include_str!("../../sql/statements/savepoint_move.sql")
         };
-        Ok(self.transaction.batch_execute(statements).await?)
+        self.effects.batch_execute(statements).await?;
+        self.hear_of_records().await
     }
 
     /// Goes back to the mark, which stays.
     pub(super) async fn roll_back(&self) -> Result<(), Error> {
-        Ok(self.transaction.batch_execute(include_str!("../../sql/statements/savepoint_roll_back.sql")).await?)
+        Ok(self.effects.batch_execute(include_str!("../../sql/statements/savepoint_roll_back.sql")).await?)
     }
 
     /// Fails a message that this transaction has received, after its effect was rolled back.
@@ -243,7 +335,7 @@ impl OpenBatch<'_> {
             Verdict::Retry | Verdict::Permanent => None,
         };
         let row = self
-            .transaction
+            .records
             .query_typed_one(
                 &self.database.schema().sql(include_str!("../../sql/statements/fail.sql")),
                 &[
@@ -271,6 +363,13 @@ impl OpenBatch<'_> {
 }
 
 impl<'a> Slice<'a> {
+    /// The messages of these rows, which are of one partition.
+    pub(super) fn of_rows(rows: &[&'a Row]) -> Result<Self, Error> {
+        let partition = rows.first().map_or(Ok(0), |row| row.try_get("partition"))?;
+        let offsets = rows.iter().map(|row| row.try_get("offset")).collect::<Result<_, _>>()?;
+        Ok(Self { partition: Partition(partition), offsets, rows: rows.to_vec(), is_alone: false })
+    }
+
     /// Without what the transaction no longer has.
     pub(super) fn without(mut self, withdrawn: &BTreeSet<i64>) -> Self {
         if !self.rows.is_empty() {

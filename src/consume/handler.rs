@@ -77,6 +77,9 @@ pub trait BatchHandler: Send + Sync + 'static {
 
 /// What the three kinds of handlers have in common: receive in the open transaction, and apply, whole or in parts.
 pub(crate) trait Effect: Send + Sync {
+    /// How many messages its handler is given in a call; nothing where it has none.
+    fn messages_per_call(&self) -> Option<usize>;
+
     fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>>;
 
     /// Applies the batch as it came.
@@ -108,7 +111,7 @@ impl<H: Handler> Each<H> {
             }
             let message = received(row)?;
             let culprit = Some(message.offset);
-            let handling = self.0.handle(batch.transaction, message);
+            let handling = self.0.handle(batch.effects, message);
             batch.times.measure(bounded(batch.consumer, batch.message_timeout, culprit, handling)).await?;
         }
         Ok(())
@@ -116,6 +119,10 @@ impl<H: Handler> Each<H> {
 }
 
 impl<H: Handler> Effect for Each<H> {
+    fn messages_per_call(&self) -> Option<usize> {
+        Some(1)
+    }
+
     fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>> {
         Box::pin(batch.receive())
     }
@@ -146,12 +153,16 @@ impl<H: BatchHandler> Batch<H> {
         rows: impl Iterator<Item = &'r Row> + Send,
     ) -> Result<(), Trouble> {
         let messages = rows.map(received).collect::<Result<Vec<_>, _>>()?;
-        let handling = self.0.handle(batch.transaction, messages);
+        let handling = self.0.handle(batch.effects, messages);
         batch.times.measure(bounded(batch.consumer, batch.message_timeout, None, handling)).await
     }
 }
 
 impl<H: BatchHandler> Effect for Batch<H> {
+    fn messages_per_call(&self) -> Option<usize> {
+        Some(usize::MAX)
+    }
+
     fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>> {
         Box::pin(batch.receive())
     }
@@ -176,6 +187,10 @@ impl<H: BatchHandler> Effect for Batch<H> {
 pub(super) struct Sql(pub(super) String);
 
 impl Effect for Sql {
+    fn messages_per_call(&self) -> Option<usize> {
+        None
+    }
+
     fn receive<'a>(&'a self, batch: &'a OpenBatch<'a>) -> BoxFuture<'a, Result<Content, Error>> {
         Box::pin(batch.open())
     }

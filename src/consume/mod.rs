@@ -8,6 +8,7 @@
 //! batch before has written.
 
 mod batch;
+mod delivery;
 mod external;
 mod failure;
 mod handler;
@@ -24,6 +25,7 @@ use crate::error::{Error, ErrorKind};
 use crate::lease::Holder;
 
 use batch::{Content, Failed, OpenBatch, Scope};
+pub use delivery::Delivery;
 use external::External;
 pub use external::ExternalHandler;
 pub use failure::Failure;
@@ -49,6 +51,7 @@ pub struct Consumer {
     effect: Place,
     batch_messages: i32,
     message_timeout: Duration,
+    delivery: Delivery,
     /// How many steps are still to be careful, since a message failed.
     caution: AtomicU32,
     times: HandlerTimes,
@@ -127,6 +130,7 @@ impl Consumer {
             effect,
             batch_messages: BATCH_MESSAGES,
             message_timeout: MESSAGE_TIMEOUT,
+            delivery: Delivery::default(),
             caution: AtomicU32::new(0),
             times: HandlerTimes::new(),
         }
@@ -144,6 +148,15 @@ impl Consumer {
     #[must_use]
     pub fn message_timeout(mut self, longest: Duration) -> Self {
         self.message_timeout = longest;
+        self
+    }
+
+    /// How often the effect of a message happens, when processes die; exactly once where nothing is said. Only handlers of
+    /// single messages and of batches can have another mode; a step of any other consumer fails then, and a
+    /// [`Worker`](crate::Worker) does not start.
+    #[must_use]
+    pub fn delivery(mut self, delivery: Delivery) -> Self {
+        self.delivery = delivery;
         self
     }
 
@@ -173,8 +186,11 @@ impl Consumer {
     ///
     /// What no message is to blame for: [`UnknownConsumer`](ErrorKind::UnknownConsumer),
     /// [`WrongConsumer`](ErrorKind::WrongConsumer); [`Handler`](ErrorKind::Handler) if the handler ended its transaction;
-    /// errors of the database. The messages come again; where the answer to COMMIT was lost, only if it was not committed.
+    /// errors of the database. The messages come again, unless they are delivered [at most once](Delivery::AtMostOnce); where
+    /// the answer to COMMIT was lost, only if it was not committed.
+    /// [`Invalid`](ErrorKind::Invalid) for a delivery mode that the consumer cannot have.
     pub async fn step(&self, database: &Database) -> Result<Consumed, Error> {
+        self.check_delivery()?;
         match &self.effect {
             Place::Transaction(effect) => self.step_in(&**effect, database, self.anywhere(true)).await,
             Place::Outside(external) => self.step_outside(external, database, external.member).await,
@@ -208,6 +224,11 @@ impl Consumer {
             Place::Transaction(_) => self.message_timeout,
             Place::Outside(external) => self.message_timeout.min(external.lease),
         }
+    }
+
+    /// Connections that a step needs at the same time.
+    pub(crate) fn connections(&self) -> usize {
+        self.delivery.connections()
     }
 
     /// Whether its effect is outside of the database.
@@ -251,13 +272,20 @@ impl Consumer {
         let messages: i32 = range.try_get("messages")?;
         let scope = Scope {
             partition: Some(range.try_get("partition")?),
-            messages_max: messages.min(self.batch_messages),
+            messages_max: match self.delivery {
+                Delivery::ExactlyOnce | Delivery::AtLeastOnce => messages.min(self.batch_messages),
+                // What it dies of does not come again. Nothing is to die with it.
+                Delivery::AtMostOnce => 1,
+            },
             suspects: range.try_get("is_suspect")?,
         };
         self.step_in(&**effect, database, scope).await.map(Some)
     }
 
     async fn step_in(&self, effect: &dyn Effect, database: &Database, scope: Scope) -> Result<Consumed, Error> {
+        if self.delivery == Delivery::AtMostOnce {
+            return self.step_at_most_once(effect, database, scope).await;
+        }
         let is_careful = self.caution.load(Ordering::Relaxed) > 0;
         let mut outcome = self.step_once(effect, database, scope, is_careful).await;
         if matches!(outcome, Err(Trouble::Message(_))) {
@@ -282,39 +310,47 @@ impl Consumer {
         scope: Scope,
         is_careful: bool,
     ) -> Result<Consumed, Trouble> {
+        if self.delivery == Delivery::AtLeastOnce {
+            return self.step_at_least_once(effect, database, scope, is_careful).await;
+        }
         let mut session = database.session().await?;
         let transaction = session.transaction().await?;
-        let batch = OpenBatch {
-            consumer: &self.name,
-            database,
-            transaction: &transaction,
-            scope,
-            message_timeout: self.message_timeout,
-            times: &self.times,
-        };
-        let content = effect.receive(&batch).await?;
+        let batch = self.open_batch(database, scope, &transaction, &transaction);
+        let outcome = self.receive_and_apply(effect, &batch, is_careful).await;
+        match outcome {
+            // Also without messages: a batch of nothing but duplicates has moved the offset.
+            Ok(_) => transaction.commit().await?,
+            Err(Trouble::Message(_)) => transaction.rollback().await?,
+            Err(Trouble::Elsewhere(_)) => return outcome,
+        }
+        session.give_back();
+        outcome
+    }
+
+    /// Receives a batch, and applies it whole or, if carefully, in parts.
+    async fn receive_and_apply(
+        &self,
+        effect: &dyn Effect,
+        batch: &OpenBatch<'_>,
+        is_careful: bool,
+    ) -> Result<Consumed, Trouble> {
+        let content = effect.receive(batch).await?;
         let mut consumed = Consumed { applied: content.messages(), failed: 0 };
         if !content.is_empty() {
+            if self.delivery == Delivery::AtLeastOnce {
+                // After receive: whatever the isolation level, it sees what the batch before has written.
+                batch.open_effects().await?;
+            }
             if is_careful || content.has_failed_before()? {
-                let failed = self.apply_in_slices(effect, &batch, &content).await?;
+                let failed = self.apply_in_slices(effect, batch, &content).await?;
                 consumed.applied -= failed.withdrawn.len() as u64;
                 consumed.failed = failed.messages;
-            } else if let Err(trouble) = effect.apply(&batch, &content).await {
-                if matches!(trouble, Trouble::Message(_)) {
-                    transaction.rollback().await?;
-                    session.give_back();
-                }
-                return Err(trouble);
+            } else {
+                effect.apply(batch, &content).await?;
             }
             batch.expect_open().await?;
         }
-        if let Some(partition) = scope.partition {
-            let statement = database.schema().sql(include_str!("../../sql/statements/clear_suspicion.sql"));
-            transaction.query_typed(&statement, &[(&self.name, Type::TEXT), (&partition, Type::INT4)]).await?;
-        }
-        // Also without messages: a batch of nothing but duplicates has moved the offset.
-        transaction.commit().await?;
-        session.give_back();
+        batch.clear_suspicion().await?;
         Ok(consumed)
     }
 

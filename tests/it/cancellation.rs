@@ -18,13 +18,13 @@ use crate::work::{Work, World};
 const POLLS_MAX: usize = 1_000;
 
 /// A future that is dropped after so many polls.
-struct Dropped<F> {
+pub(crate) struct Dropped<F> {
     future: Pin<Box<F>>,
     polls_left: usize,
 }
 
 /// Runs a future for so many polls at the most; nothing if that was not enough.
-fn polled<F: Future>(polls: usize, future: F) -> Dropped<F> {
+pub(crate) fn polled<F: Future>(polls: usize, future: F) -> Dropped<F> {
     Dropped { future: Box::pin(future), polls_left: polls }
 }
 

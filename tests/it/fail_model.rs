@@ -36,6 +36,8 @@ enum Verb {
     },
     /// In a transaction of its own: any message that ever was in the queue.
     Fail(usize, Failure),
+    /// Any message that ever was in the queue.
+    Bury(usize),
     MakeDue,
     Replay(usize),
     Discard(usize),
@@ -81,6 +83,7 @@ fn verb() -> impl Strategy<Value = Verb> {
         3 => Just(Verb::Relay),
         6 => consume.prop_map(|(receives, is_rolled_back)| Verb::Consume { receives, is_rolled_back }),
         3 => (any::<usize>(), failure()).prop_map(|(nth, failure)| Verb::Fail(nth, failure)),
+        1 => any::<usize>().prop_map(Verb::Bury),
         2 => Just(Verb::MakeDue),
         2 => any::<usize>().prop_map(Verb::Replay),
         1 => any::<usize>().prop_map(Verb::Discard),
@@ -167,6 +170,11 @@ impl World<'_> {
                 if !self.model.queue.is_empty() {
                     let offset = i64::try_from(nth % self.model.queue.len()).expect("few") + 1;
                     self.fail(offset, *failure).await;
+                }
+            }
+            Verb::Bury(nth) => {
+                if !self.model.queue.is_empty() {
+                    self.bury(i64::try_from(nth % self.model.queue.len()).expect("few") + 1).await;
                 }
             }
             Verb::MakeDue => self.make_due().await,
@@ -262,6 +270,19 @@ impl World<'_> {
         let row = self.client.query_one(&fail, &[]).await.expect("fail answers");
         let answer: (String, Vec<i64>) = (row.get(0), row.get(1));
         assert_eq!(answer, (outcome.to_owned(), withdrawn), "fail of {offset}");
+    }
+
+    /// Only what was applied can be buried.
+    async fn bury(&mut self, offset: i64) {
+        let message = self.model.at(offset);
+        let mut outcome = "gone";
+        if message.state == State::Applied {
+            message.state = State::Dead;
+            (self.model.failures, self.model.dead, outcome) = (self.model.failures + 1, self.model.dead + 1, "dead");
+        }
+        let bury = format!("select outcome from pgonce.bury('{}', 0, {offset}, 'as told')", self.name);
+        let row = self.client.query_one(&bury, &[]).await.expect("bury answers");
+        assert_eq!(row.get::<_, String>(0), outcome, "bury of {offset}");
     }
 
     async fn settle(&mut self, how: &str, nth: usize, state: State) {

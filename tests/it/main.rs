@@ -18,6 +18,7 @@ mod consume;
 mod container;
 mod cut;
 mod dead_letter;
+mod delivery;
 mod documents;
 mod dump;
 mod enqueue;

@@ -221,6 +221,100 @@ begin
   return query select told.outcome;
 end $$;
 
+-- Takes back what the consumer has applied, as if it had failed after its COMMIT.
+create function test.bury(consumer text, "offset" bigint)
+returns text
+language plpgsql
+as $$
+#variable_conflict use_column
+declare
+  told pgonce.buried;
+  reader_id integer := test.id_of(bury.consumer);
+begin
+  select b.* into strict told from pgonce.bury(bury.consumer, 0, bury."offset", 'as told') b;
+  insert into test.failed (consumer_id, partition, outcome) values (reader_id, 0, told.outcome);
+  if told.outcome = 'dead' then
+    delete from test.applied a where a.consumer_id = reader_id and a.partition = 0 and a."offset" = bury."offset";
+    update test.totals t set total = t.total - 1 where t.consumer_id = reader_id and t.partition = 0;
+  end if;
+  return told.outcome;
+end $$;
+
+-- The transaction of a handler, which others find by its number.
+create function test.handler_begins(consumer text)
+returns xid8
+language sql volatile
+as $$ select pg_current_xact_id() $$;
+
+create function test.hand_over(consumer text, max integer)
+returns bigint[]
+language plpgsql volatile
+as $$
+declare
+  handler xid8 := (
+    select a.backend_xid::text::xid8 from pg_stat_activity a
+    where a.datname = current_database()
+      and a.query like '%test.handler%' and position(quote_literal(hand_over.consumer) in a.query) > 0);
+  offsets bigint[];
+begin
+  if handler is null then
+    return null;
+  end if;
+  offsets := array(select r."offset" from pgonce.receive(hand_over.consumer, hand_over.max) r);
+  if cardinality(offsets) > 0 then
+    perform pgonce.hand_over(hand_over.consumer, 0, offsets, handler);
+  end if;
+  return offsets;
+end $$;
+
+create function test.handler_acts(consumer text)
+returns bigint[]
+language plpgsql volatile
+as $$
+declare
+  note pgonce.progress;
+begin
+  select n.* into note
+  from pgonce.consumer_partitions p
+  cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) n
+  where p.consumer_id = test.id_of(handler_acts.consumer) and n.handler = pg_current_xact_id();
+  insert into test.applied (consumer_id, partition, "offset", message_id, key)
+  select note.consumer_id, 0, q."offset", q.message_id, q.key
+  from pgonce.queue q join pgonce.consumers c using (topic_id)
+  where c.consumer_id = note.consumer_id and q.partition = 0 and q."offset" = any (note.handed_over)
+  order by q."offset";
+  return note.handed_over;
+end $$;
+
+create function test.handler_finishes(consumer text)
+returns boolean
+language plpgsql volatile
+as $$
+declare
+  acted bigint := (select count(*) from test.applied a where a.writer = pg_current_xact_id());
+begin
+  if acted = 0 then
+    return null;
+  elsif not pgonce.finish_handover(handler_finishes.consumer, 0) then
+    perform test.break_promise(handler_finishes.consumer, 'what was handed over was taken from a handler that lives');
+    return false;
+  end if;
+  insert into test.totals as t (consumer_id, partition, total) values (test.id_of(handler_finishes.consumer), 0, acted)
+  on conflict (consumer_id, partition) do update set total = t.total + excluded.total;
+  return true;
+end $$;
+
+create function test.note_buried()
+returns trigger
+language plpgsql
+as $$
+begin
+  insert into test.failed (consumer_id, partition, outcome) values (new.consumer_id, new.partition, 'dead');
+  return null;
+end $$;
+create trigger note_buried after insert on pgonce.dead_letters for each row
+when (new.error like 'its handler %') execute function test.note_buried();
+
 create function test.settle(topic text, consumer text, how text)
 returns table (settled bigint)
 language plpgsql

@@ -68,6 +68,9 @@ macro_rules! specifications {
 specifications! {
     ack_and_acquire,
     acquire_and_acquire,
+    bury_and_drop_consumer,
+    bury_and_receive,
+    bury_and_replay,
     cancel_and_duplicate,
     cancel_and_relay,
     cancel_repeatable_read,
@@ -102,6 +105,8 @@ specifications! {
     foreign_lock_for_update,
     foreign_update,
     foreign_update_rolled_back,
+    hand_over,
+    hand_over_and_drop_consumer,
     inbox,
     late_commit,
     late_commit_pair,
