@@ -229,6 +229,7 @@ create table pgonce.progress (
   failures bigint not null default 0 check (failures >= 0),
   dead bigint not null default 0 check (dead >= 0),
   writer xid8 not null default pg_current_xact_id(),
+  was_parked boolean not null default false,
   handler xid8,
   handed_over bigint[] check (cardinality(handed_over) between 1 and 10000),
   primary key (consumer_id, partition, generation),
@@ -244,6 +245,7 @@ comment on column pgonce.progress.duplicates is 'Messages left out, ever, becaus
 comment on column pgonce.progress.failures is 'Attempts that failed, ever.';
 comment on column pgonce.progress.dead is 'Messages that became dead letters, ever.';
 comment on column pgonce.progress.writer is 'The transaction that wrote this generation: how receive notices that one statement runs it twice.';
+comment on column pgonce.progress.was_parked is 'Whether the last batch was of messages that had failed before: then it is the turn of new ones.';
 comment on column pgonce.progress.handler is 'At most once: the transaction of the handler that is at messages which are recorded as processed; its COMMIT brings a generation without it. Where that transaction is over and this is still the newest generation, it was rolled back.';
 comment on column pgonce.progress.handed_over is 'The offsets of these messages.';
 

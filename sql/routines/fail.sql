@@ -172,6 +172,7 @@ begin
   else
     current.failures := current.failures + 1;
     current.dead := current.dead + (answer.outcome = 'dead')::integer;
+    current.was_parked := current.was_parked or was_parked;
     perform pgonce.append_progress(current);
   end if;
   answer.attempts := message.attempts;

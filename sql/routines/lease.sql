@@ -128,6 +128,8 @@ returns void
 language plpgsql volatile
 as $$
 begin
+  -- A parked message moves no offset.
+  current.was_parked := advance.next_offset = current.next_offset;
   current.next_offset := advance.next_offset;
   current.received := current.received + advance.received;
   current.duplicates := current.duplicates + advance.duplicates;
@@ -247,7 +249,7 @@ begin
   if has_suspect or current.next_offset < careful_until then
     max := 1;
   end if;
-  is_turn_of_new := pgonce.is_turn_of_new(reader, partition, current.next_offset);
+  is_turn_of_new := pgonce.is_turn_of_new(reader, current);
 
   for message in
     select b.partition, b."offset", b.message_id, b.key, b.payload, b.headers, b.enqueued_at, b.attempts + 1, true

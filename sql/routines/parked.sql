@@ -112,28 +112,19 @@ begin
 end $$;
 comment on function pgonce.has_something is 'Internal: whether a consumer may find something to receive in a partition, from that offset on or parked.';
 
-create or replace function pgonce.is_turn_of_new(reader pgonce.consumers, partition integer, next_offset bigint)
+create or replace function pgonce.is_turn_of_new(reader pgonce.consumers, current pgonce.progress)
 returns boolean
 language plpgsql volatile
 as $$
 #variable_conflict use_column
 begin
   -- With block nothing new is received while something is parked; and under suspicion it is foretold what comes next.
-  if reader.failure_policy = 'block' or pgonce.is_under_suspicion(reader, partition, next_offset) then
-    return false;
-  end if;
-  -- The offset did not move with the batch before.
-  perform from (
-    select p.next_offset from pgonce.progress p
-    where p.consumer_id = reader.consumer_id and p.partition = is_turn_of_new.partition
-    order by p.generation desc
-    offset 1 limit 1) before
-  where before.next_offset = is_turn_of_new.next_offset;
-  if not found then
+  if not current.was_parked or reader.failure_policy = 'block'
+    or pgonce.is_under_suspicion(reader, current.partition, current.next_offset) then
     return false;
   end if;
   perform from pgonce.queue q
-  where q.topic_id = reader.topic_id and q.partition = is_turn_of_new.partition and q."offset" >= next_offset
+  where q.topic_id = reader.topic_id and q.partition = current.partition and q."offset" >= current.next_offset
   order by q."offset"
   limit 1;
   return found;
@@ -141,7 +132,7 @@ end $$;
 comment on function pgonce.is_turn_of_new is 'Internal: whether the next batch is of new messages, since the last one was not: what fails again and again must not keep all else waiting.';
 
 create or replace function pgonce.take_parked(
-  reader pgonce.consumers, partition integer, next_offset bigint, max integer, max_bytes bigint, suspects boolean,
+  reader pgonce.consumers, current pgonce.progress, max integer, max_bytes bigint, suspects boolean,
   out recorded bigint[], out duplicates integer)
 language plpgsql volatile
 set enable_sort = off
@@ -162,7 +153,7 @@ begin
   recorded := '{}';
   duplicates := 0;
   perform from pgonce.parked k
-  where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+  where k.consumer_id = reader.consumer_id and k.partition = current.partition
     and k.taken_by = pg_current_xact_id_if_assigned();
   if found then
     -- Once a transaction: the view received tells what it takes by its mark alone.
@@ -171,11 +162,11 @@ begin
   -- One that a process has died of comes by itself, so that nothing else dies with it.
   is_alone := suspects and exists (
     select from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-      and k.is_suspect and k.taken_by is null and k."offset" < take_parked.next_offset and k.due_at <= present);
+    where k.consumer_id = reader.consumer_id and k.partition = current.partition
+      and k.is_suspect and k.taken_by is null and k."offset" < current.next_offset and k.due_at <= present);
   if is_alone then
     max := 1;
-  elsif pgonce.is_turn_of_new(reader, partition, next_offset) then
+  elsif pgonce.is_turn_of_new(reader, current) then
     return;
   end if;
   loop
@@ -184,20 +175,20 @@ begin
     bytes := 0;
     if reader.failure_policy = 'block' then
       select min(k."offset") into first from pgonce.parked k
-      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null;
+      where k.consumer_id = reader.consumer_id and k.partition = current.partition and k.taken_by is null;
     end if;
     -- Those that are due and the first of their keys, the longest due first, each with what waits behind it.
     for due in
       select k."offset", k.key, k.bytes
       from pgonce.parked k
-      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
-        and k.taken_by is null and k.due_at <= present and k."offset" < take_parked.next_offset
+      where k.consumer_id = reader.consumer_id and k.partition = current.partition
+        and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset
         and k.is_suspect = is_alone
       order by k.due_at, k."offset"
     loop
       exit when cardinality(taken) >= max or bytes >= max_bytes;
       if reader.failure_policy = 'park_key' then
-        select n."offset" into first from pgonce.next_of_key(reader.consumer_id, partition, due.key, 0) n;
+        select n."offset" into first from pgonce.next_of_key(reader.consumer_id, current.partition, due.key, 0) n;
       end if;
       continue when first < due."offset";
       taken := taken || due."offset";
@@ -206,9 +197,9 @@ begin
       for behind in
         select k."offset", k.bytes, k.is_suspect
         from pgonce.parked k
-        where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k.taken_by is null
+        where k.consumer_id = reader.consumer_id and k.partition = current.partition and k.taken_by is null
           and k.key >= due.key and k.key <= due.key
-          and k."offset" > due."offset" and k."offset" < take_parked.next_offset and k.due_at is null
+          and k."offset" > due."offset" and k."offset" < current.next_offset and k.due_at is null
         order by k.key, k."offset"
         limit take_parked.max
       loop
@@ -221,13 +212,13 @@ begin
     foreach place in array taken loop
       update pgonce.parked k
       set taken_by = pg_current_xact_id()
-      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition and k."offset" = place;
+      where k.consumer_id = reader.consumer_id and k.partition = current.partition and k."offset" = place;
     end loop;
     with recorded as (
       insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
       select k."offset", k.consumer_id, k.partition, k.message_id
       from pgonce.parked k
-      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+      where k.consumer_id = reader.consumer_id and k.partition = current.partition
         and k.taken_by = pg_current_xact_id()
       order by k."offset"
       on conflict do nothing
@@ -238,10 +229,10 @@ begin
       -- An id that was processed before in another place is left out, as everywhere. Nothing may find it marked as taken:
       -- it would be shown, or its record, which tells of that other place, be withdrawn.
       delete from pgonce.parked k
-      where k.consumer_id = reader.consumer_id and k.partition = take_parked.partition
+      where k.consumer_id = reader.consumer_id and k.partition = current.partition
         and k.taken_by = pg_current_xact_id() and k."offset" <> all (recorded);
     end if;
-    perform pgonce.release_next(reader.consumer_id, partition, keys);
+    perform pgonce.release_next(reader.consumer_id, current.partition, keys);
     duplicates := duplicates + cardinality(taken) - cardinality(recorded);
     exit when cardinality(recorded) > 0;
   end loop;

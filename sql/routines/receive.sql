@@ -100,10 +100,10 @@ begin
   -- Under the lock nobody else adds a generation. A caller above READ COMMITTED whose snapshot is too old for the
   -- newest one gets 40001 here.
   insert into pgonce.progress (
-    consumer_id, partition, generation, next_offset, received, duplicates, failures, dead, handler, handed_over)
+    consumer_id, partition, generation, next_offset, received, duplicates, failures, dead, was_parked, handler, handed_over)
   values (
     changed.consumer_id, changed.partition, changed.generation + 1, changed.next_offset, changed.received,
-    changed.duplicates, changed.failures, changed.dead, changed.handler, changed.handed_over)
+    changed.duplicates, changed.failures, changed.dead, changed.was_parked, changed.handler, changed.handed_over)
   on conflict do nothing;
   if not found then
     raise exception using errcode = 'PO012', message = 'a newer generation of progress than the newest',
@@ -258,10 +258,11 @@ begin
       where k.consumer_id = reader.consumer_id and k.partition = target.partition
         and k.taken_by is not null and k.taken_by is distinct from pg_current_xact_id_if_assigned();
       select t.recorded, t.duplicates into strict taken
-      from pgonce.take_parked(reader, target.partition, current.next_offset, max, max_bytes, suspects) t;
+      from pgonce.take_parked(reader, current, max, max_bytes, suspects) t;
       if cardinality(taken.recorded) + taken.duplicates > 0 then
         current.received := current.received + cardinality(taken.recorded);
         current.duplicates := current.duplicates + taken.duplicates;
+        current.was_parked := true;
         perform pgonce.append_progress(current);
         current := pgonce.newest_progress(reader.consumer_id, target.partition);
       end if;
@@ -321,6 +322,7 @@ begin
     end if;
     changed := current;
     changed.next_offset := batch.last + 1;
+    changed.was_parked := false;
     changed.received := current.received + batch.messages - cardinality(held);
     perform pgonce.append_progress(changed);
     -- Nor does anybody else add records of this consumer for ids of this topic, so a plain INSERT is enough, and the

@@ -132,10 +132,13 @@ async fn a_watch_names_what_is_due_and_relay_ends_it() {
     let pool = database.database(1);
     assert_eq!(Relay::topic(TOPIC).step(&pool).await.expect("relayed").moved, 1);
     assert_eq!(number(&client, IS_WATCHED).await, 0);
-    // The relay has one more look to take, for its lower bound.
+    // The relay has one more look to take, for its lower bound; more where transactions of other tests are open.
     assert_eq!(due(&client).await, ["consumer c", "relay t"]);
-    Relay::topic(TOPIC).step(&pool).await.expect("relayed");
-    assert_eq!(due(&client).await, ["consumer c"]);
+    eventually("the relay has nothing to do", async || {
+        Relay::topic(TOPIC).step(&pool).await.expect("relayed");
+        (due(&client).await == ["consumer c"]).then_some(())
+    })
+    .await;
     assert_eq!(Consumer::sql(CONSUMER, INSERT).step(&pool).await.expect("received").applied, 1);
     assert!(due(&client).await.is_empty());
     assert_eq!(sqlstate(&client, "select pgonce.watch(null, null, 60001)").await, "PO003");

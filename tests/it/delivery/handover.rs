@@ -23,7 +23,7 @@ async fn nobody_receives_in_a_partition_while_a_handler_is_at_what_was_handed_ov
             assert_eq!(other.step(&pool).await.expect("a step"), Consumed::default());
         }
         let looks = [
-            "select count(*) from pgonce.watch(array['t'], array['c'], 1)",
+            "select count(*) from pgonce.watch('{}', array['c'], 1)",
             "select count(*) from pgonce.receive('c', partition => 0)",
             "select count(*) from pgonce.bury('c', 0, 1, 'x') where outcome = 'dead'",
             "select count(*) from pgonce.fail('c', 0, 1, 'x') where outcome <> 'gone'",
@@ -34,7 +34,7 @@ async fn nobody_receives_in_a_partition_while_a_handler_is_at_what_was_handed_ov
         drop(holder);
     });
     assert_eq!(first.expect("applied").applied, 5);
-    assert_eq!(number(&world.client, "select count(*) from pgonce.watch(array['t'], array['c'], 1)").await, 1);
+    assert_eq!(number(&world.client, "select count(*) from pgonce.watch('{}', array['c'], 1)").await, 1);
     drain(&pool, &consumer).await;
     assert_eq!(world.joined(APPLIED).await, "a0 a1 a2 a3 a4 a5 a6");
     world.assert_books().await;

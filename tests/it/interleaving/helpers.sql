@@ -450,6 +450,9 @@ begin
   select coalesce(array_agg(p."offset"), '{}'), bool_or(p.was_parked) into hand.offsets, hand.was_parked
   from pgonce.peek(peek.consumer, hand.partition, hand.epoch) p
   where hand.epoch is not null;
+  if cardinality(hand.offsets) > 0 and (select c.paused from pgonce.consumers c where c.consumer = peek.consumer) then
+    perform test.break_promise(peek.consumer, 'peek answered messages of a paused consumer');
+  end if;
   update test.hands h set offsets = hand.offsets, was_parked = hand.was_parked
   where h.consumer = peek.consumer and h.member = peek.member;
   return hand.offsets;
@@ -504,7 +507,7 @@ begin
   return array_to_string(outcomes, ' ');
 end $$;
 
-create function test.nack(consumer text, member integer)
+create function test.nack(consumer text, member integer, permanent boolean default false)
 returns text
 language plpgsql
 as $$
@@ -513,12 +516,15 @@ declare
   outcome text;
 begin
   select h.* into hand from test.hands h where h.consumer = nack.consumer and h.member = nack.member;
-  if cardinality(hand.offsets) = 0 then
+  if coalesce(cardinality(hand.offsets), 0) = 0 then
     return null;
   end if;
   select n.outcome into strict outcome
-  from pgonce.nack(nack.consumer, hand.partition, hand.epoch, hand.offsets[1], 'as the specification says') n;
+  from pgonce.nack(nack.consumer, hand.partition, hand.epoch, hand.offsets[1], 'as the specification says', nack.permanent) n;
   perform test.check_epoch(hand, outcome);
+  if outcome in ('parked', 'dead') then
+    insert into test.failed (consumer_id, partition, outcome) values (test.id_of(nack.consumer), hand.partition, outcome);
+  end if;
   return outcome;
 end $$;
 

@@ -67,6 +67,10 @@ macro_rules! specifications {
 
 specifications! {
     ack_and_acquire,
+    ack_and_drop_consumer,
+    ack_and_pause,
+    ack_and_purge,
+    ack_and_replay,
     acquire_and_acquire,
     bury_and_drop_consumer,
     bury_and_receive,
