@@ -96,6 +96,23 @@ async fn every_acquisition_raises_the_epoch_and_a_stale_one_changes_nothing() {
 }
 
 #[tokio::test]
+async fn what_fails_again_takes_turns_with_what_is_new() {
+    let (_database, client) = world(1, "park_key", "a1 b1").await;
+    acquire(&client, ONE).await;
+    assert_eq!(nack(&client, 1, 1).await, "parked");
+    assert_eq!(peek(&client, 1).await, "b1");
+    assert_eq!(ack(&client, 1, 2, 2).await, "acked 3");
+    publish(&client, "c1").await;
+    client.batch_execute(HURRY).await.expect("due");
+    assert_eq!(peek(&client, 1).await, "a1");
+    assert_eq!(nack(&client, 1, 1).await, "parked");
+    client.batch_execute(HURRY).await.expect("due");
+    assert_eq!(peek(&client, 1).await, "c1");
+    assert_eq!(ack(&client, 1, 3, 3).await, "acked 4");
+    assert_eq!(peek(&client, 1).await, "a1");
+}
+
+#[tokio::test]
 async fn the_verbs_of_one_kind_refuse_the_other() {
     let (_database, client) = world(1, "park_key", "a1").await;
     client.batch_execute("select pgonce.create_consumer('inbox')").await.expect("created");
