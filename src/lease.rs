@@ -100,6 +100,7 @@ impl Holder<'_> {
         error: &str,
         is_permanent: bool,
         retry_at: Option<SystemTime>,
+        retry_after: Option<Duration>,
     ) -> Result<Outcome<(String, Option<i32>)>, Error> {
         let parameters: &[Parameter<'_>] = &[
             (&self.consumer, Type::TEXT),
@@ -109,6 +110,7 @@ impl Holder<'_> {
             (&error, Type::TEXT),
             (&is_permanent, Type::BOOL),
             (&retry_at, Type::TIMESTAMPTZ),
+            (&retry_after.map(|wait| wait.as_secs_f64()), Type::FLOAT8),
         ];
         let read = |row: &Row| Ok((row.try_get("outcome")?, row.try_get("attempts")?));
         self.insist(include_str!("../sql/statements/nack.sql"), parameters, read).await

@@ -73,7 +73,7 @@ impl Rates {
             if taken.calls.is_empty() {
                 continue;
             }
-            let limit_ms = i64::try_from(consumer.handler_limit().as_millis()).unwrap_or(i64::MAX);
+            let limit_ms = i64::try_from(consumer.handler_limit().as_millis()).unwrap_or(i64::MAX).max(1);
             let row = session
                 .query_typed_one(
                     &record,

@@ -54,7 +54,7 @@ create sequence pgonce.outbox_seq cache 1;
 comment on sequence pgonce.outbox_seq is 'Order of the outbox. CACHE must stay 1: the relay needs numbers to be drawn in the order in which they are given.';
 
 create sequence pgonce.looks cycle cache 1000;
-comment on sequence pgonce.looks is 'How many rows statements have looked at, where messages fail (see pgonce.look). A sequence, because no rollback takes it back.';
+comment on sequence pgonce.looks is 'How many rows statements have looked at, where messages fail (see the view received). A sequence, because no rollback takes it back.';
 
 create sequence pgonce.watched_until minvalue 0 start 0 cache 1;
 comment on sequence pgonce.watched_until is 'Until when, in milliseconds since 1970, a program that sleeps wants to be notified of new messages. A sequence, because it is shared by all at once and leaves no dead rows. It decides who wakes up when, and nothing else.';

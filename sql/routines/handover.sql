@@ -8,7 +8,7 @@
 -- and the dead letters say so.
 --
 -- A process that dies needs no other trace than this, and a COMMIT whose answer was lost no question: the note is gone if
--- and only if the handler's transaction has committed.
+-- and only if the handler's transaction has committed (which the handler itself must not do).
 --
 -- Whether a transaction is in progress is read from the snapshot that shows its note. Its xid is lower than that of the one
 -- which wrote the note, so such a snapshot lists it, if it is in progress; an xid from another server, in a restored dump,
@@ -181,7 +181,8 @@ begin
   end if;
   current.handler := null;
   current.handed_over := null;
-  perform pgonce.append_progress(pgonce.withdraw_many(reader, current, failed, errors, untried));
+  perform pgonce.append_progress(pgonce.withdraw_many(
+    reader, current, coalesce(failed, '{}'), coalesce(errors, '{}'), coalesce(untried, '{}')));
   return true;
 end $$;
 comment on function pgonce.finish_handover is 'At most once, the last statement of the handler''s transaction: what failed becomes dead letters, each with its error, what was not tried comes again, and all else that was handed over is applied if this commits. False: nothing was handed over to this transaction, so roll it back. Waits for whoever is at the partition. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO010 (READ COMMITTED only).';

@@ -90,7 +90,18 @@ select
   end as sessions,
   coalesce(sum(o.failures), 0)::bigint as failures,
   (select count(*) from pgonce.parked k where k.consumer_id = c.consumer_id and k.taken_by is null) as parked,
-  (select count(*) from pgonce.dead_letters d where d.consumer_id = c.consumer_id and d.state = 'dead') as dead,
+  (select count(*) from pgonce.dead_letters d where d.consumer_id = c.consumer_id and d.state = 'dead')
+    -- What a handler left behind that is gone: the next receive makes dead letters of it (handover.sql).
+    + coalesce((
+      select sum(cardinality(g.handed_over))
+      from pgonce.consumer_partitions cp
+      cross join lateral (
+        select p.handler, p.handed_over from pgonce.progress p
+        where p.consumer_id = cp.consumer_id and p.partition = cp.partition
+        order by p.generation desc
+        limit 1) g
+      where cp.consumer_id = c.consumer_id
+        and g.handler <> all (array(select pg_snapshot_xip(pg_current_snapshot())))), 0)::bigint as dead,
   c.kind
 from pgonce.consumers c
 left join pgonce.topics t using (topic_id)

@@ -319,7 +319,11 @@ impl OpenBatch<'_> {
         } else {
             include_str!("../../sql/statements/savepoint_move.sql")
         };
-        self.effects.batch_execute(statements).await?;
+        self.effects.batch_execute(statements).await.map_err(|error| match error.code() {
+            // There is no such mark, or no transaction.
+            Some(code) if ["3B001", "25P01"].contains(&code.code()) => self.was_ended(),
+            _ => error.into(),
+        })?;
         self.hear_of_records().await
     }
 
@@ -330,10 +334,7 @@ impl OpenBatch<'_> {
 
     /// Fails a message that this transaction has received, after its effect was rolled back.
     pub(super) async fn fail(&self, partition: Partition, offset: i64, blame: &Blame) -> Result<Failed, Error> {
-        let retry_at = match blame.verdict {
-            Verdict::RetryAt(time) => Some(time),
-            Verdict::Retry | Verdict::Permanent => None,
-        };
+        let (retry_at, retry_after) = blame.verdict.retry();
         let row = self
             .records
             .query_typed_one(
@@ -345,6 +346,7 @@ impl OpenBatch<'_> {
                     (&blame.text, Type::TEXT),
                     (&(blame.verdict == Verdict::Permanent), Type::BOOL),
                     (&retry_at, Type::TIMESTAMPTZ),
+                    (&retry_after.map(|wait| wait.as_secs_f64()), Type::FLOAT8),
                 ],
             )
             .await?;
@@ -396,9 +398,9 @@ impl<'a> Slice<'a> {
     }
 }
 
-/// A time as the server's settings have it.
+/// A time as the server's settings have it, for which zero is no limit.
 fn milliseconds(time: Duration) -> String {
-    i32::try_from(time.as_millis()).unwrap_or(i32::MAX).to_string()
+    i32::try_from(time.as_millis()).unwrap_or(i32::MAX).max(1).to_string()
 }
 
 /// Reads a received message from its row.

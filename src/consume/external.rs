@@ -339,12 +339,9 @@ impl Done<'_> {
     }
 
     async fn nack(&mut self, offset: Offset, blame: &Blame) -> Result<(), Error> {
-        let retry_at = match blame.verdict {
-            Verdict::RetryAt(time) => Some(time),
-            Verdict::Retry | Verdict::Permanent => None,
-        };
+        let (retry_at, retry_after) = blame.verdict.retry();
         let is_permanent = blame.verdict == Verdict::Permanent;
-        match self.holder.nack(self.lease, offset, &blame.text, is_permanent, retry_at).await? {
+        match self.holder.nack(self.lease, offset, &blame.text, is_permanent, retry_at, retry_after).await? {
             Outcome::Done((outcome, attempts)) => {
                 self.consumed.failed += 1;
                 // Not the error: it may quote the message. The view blocked_keys and the dead letters have it.

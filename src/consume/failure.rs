@@ -42,8 +42,21 @@ pub(super) enum Verdict {
     Retry,
     /// At this time, unless it has been tried often enough.
     RetryAt(SystemTime),
+    /// After so long, unless it has been tried often enough.
+    RetryAfter(Duration),
     /// Never: it becomes a dead letter at once.
     Permanent,
+}
+
+impl Verdict {
+    /// When, or after which time, it says that the message is tried again.
+    pub(super) fn retry(self) -> (Option<SystemTime>, Option<Duration>) {
+        match self {
+            Self::RetryAt(time) => (Some(time), None),
+            Self::RetryAfter(wait) => (None, Some(wait)),
+            Self::Retry | Self::Permanent => (None, None),
+        }
+    }
 }
 
 impl Failure {
@@ -58,6 +71,12 @@ impl Failure {
     #[must_use]
     pub fn retry_at(time: SystemTime, error: impl Into<HandlerError>) -> Self {
         Self { error: error.into(), verdict: Verdict::RetryAt(time) }
+    }
+
+    /// The message is tried again after this time, and not before.
+    #[must_use]
+    pub fn retry_after(wait: Duration, error: impl Into<HandlerError>) -> Self {
+        Self { error: error.into(), verdict: Verdict::RetryAfter(wait) }
     }
 }
 
@@ -169,11 +188,18 @@ fn kind_elsewhere(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
 
 /// Whether the database said so, with the SQLSTATE that `try_statements` knows as well.
 fn is_permanent(error: &(dyn StdError + 'static)) -> bool {
-    let error = error.downcast_ref::<tokio_postgres::Error>();
-    error.and_then(tokio_postgres::Error::code).is_some_and(|code| code.code() == PERMANENT)
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let error = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
+        if error.is_some_and(|code| code.code() == PERMANENT) {
+            return true;
+        }
+        next = next.and_then(StdError::source);
+    }
+    false
 }
 
-/// SQLSTATEs for which no message is to blame, as `try_statements` has them: the connection, the server, another
+/// SQLSTATEs for which no message is to blame, much as `try_statements` has them: the connection, the server, another
 /// transaction; a statement that no message can make right, or a right that is missing.
 fn is_elsewhere(code: &str) -> bool {
     matches!(code, "40001" | "40P01" | "55P03" | "25006" | "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P05")

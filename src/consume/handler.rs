@@ -66,7 +66,7 @@ pub trait BatchHandler: Send + Sync + 'static {
 
     /// Applies the effect of a batch, with statements on `transaction`. It must neither commit nor roll back.
     ///
-    /// After an error the batch is halved, until it is known which messages fail by themselves; for these it is as with
+    /// After an error the batch is tried in parts, until it is known which messages fail by themselves; for these it is as with
     /// [`Handler::handle`]. A call may take as long as a single message may.
     fn handle(
         &self,

@@ -2,7 +2,7 @@
 //!
 //! A step receives (which records the ids and moves the offset), runs the handler on the same transaction, and commits:
 //! dedup record, effect and offset exist together or not at all. Whatever goes wrong, and wherever the process dies, the
-//! transaction is rolled back and the messages come again.
+//! transaction is rolled back and the messages come again. (Other delivery modes have two transactions: `delivery.rs`.)
 //!
 //! The handler's statements run after the one that received, each with a snapshot of its own, so they see all that the
 //! batch before has written.
@@ -177,7 +177,7 @@ impl Consumer {
     }
 
     /// Applies what is there in one partition, up to a batch of messages or 8 MiB. Dropping the future is safe: the
-    /// batch either committed or did not.
+    /// batch either committed or did not ([at most once](Delivery::AtMostOnce), what was at hand becomes dead letters).
     ///
     /// Where a message fails, the batch is applied once more, in parts: what fails by itself is parked or becomes a
     /// dead letter, all else is applied. So are the next few batches, since failures seldom come alone.

@@ -25,25 +25,25 @@ pub(super) fn judge(status: StatusCode, headers: &HeaderMap, now: SystemTime) ->
     if status.is_client_error() && !is_of_the_moment {
         return Err(Failure::permanent(text).into());
     }
-    let asked = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(|value| retry_at(value, now));
+    let asked =
+        headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(|value| retry_after(value, now));
     Err(match asked {
-        Some(time) => Failure::retry_at(time, text).into(),
+        Some(wait) => Failure::retry_after(wait, text).into(),
         None => text.into(),
     })
 }
 
-/// The time that `Retry-After` names, in seconds or as a date (RFC 9110, section 10.2.3). One that is not to come says as much
+/// How long `Retry-After` asks to wait, in seconds or as a date (RFC 9110, section 10.2.3). One that is not to come says as much
 /// as none: the consumer's backoff counts then, without which all attempts would be gone in a moment.
-fn retry_at(value: &str, now: SystemTime) -> Option<SystemTime> {
-    let latest = now + RETRY_AFTER_MAX;
+fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     let asked = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
         // What is too long for a number is too long a wait.
-        now + Duration::from_secs(value.parse().unwrap_or(u64::MAX)).min(RETRY_AFTER_MAX)
+        Duration::from_secs(value.parse().unwrap_or(u64::MAX))
     } else {
-        httpdate::parse_http_date(value).ok()?
+        httpdate::parse_http_date(value).ok()?.duration_since(now).ok()?
     };
-    (asked > now).then_some(asked.min(latest))
+    (!asked.is_zero()).then_some(asked.min(RETRY_AFTER_MAX))
 }
 
 #[cfg(test)]
@@ -54,7 +54,7 @@ mod tests {
 
     fn wait(value: &str) -> Option<u64> {
         let now = SystemTime::UNIX_EPOCH + NOW;
-        retry_at(value, now).map(|time| time.duration_since(now).expect("later").as_secs())
+        retry_after(value, now).map(|wait| wait.as_secs())
     }
 
     #[test]

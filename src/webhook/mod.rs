@@ -170,8 +170,8 @@ impl ExternalHandler for Webhook {
         let request = self.request(message, epoch, SystemTime::now())?;
         let answered = self.client.request(request).await;
         let (head, body) = answered.map_err(|error| self.no_answer(error))?.into_parts();
-        // What is left of it ends with the connection.
-        let _ = tokio::time::timeout(ANSWER_MAX, Limited::new(body, ANSWER_BYTES_MAX).collect()).await;
+        // Read so that the connection can be used again; what comes late is of no interest, and ends with the connection.
+        tokio::spawn(tokio::time::timeout(ANSWER_MAX, Limited::new(body, ANSWER_BYTES_MAX).collect()));
         answer::judge(head.status, &head.headers, SystemTime::now())
     }
 }

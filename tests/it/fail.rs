@@ -31,7 +31,11 @@ async fn obey(transaction: &Transaction<'_>, message: Received<Value>) -> Result
     match message.payload["fails"].as_str() {
         None => Ok(()),
         Some("permanently") => Err(Failure::permanent("never").into()),
-        Some("by code") => Ok(transaction.execute("select refuse()", &[]).await.map(drop)?),
+        Some("by code") => match transaction.execute("select refuse()", &[]).await {
+            Ok(_) => Ok(()),
+            // Whatever a handler wraps it in.
+            Err(error) => Err(pgonce::Error::from(error).into()),
+        },
         Some("later") => Err(Failure::retry_at(SystemTime::UNIX_EPOCH, "not yet").into()),
         Some("divide") => Ok(transaction.execute("select 1 / 0", &[]).await.map(drop)?),
         Some("sleep") => Ok(transaction.execute("select pg_sleep(20)", &[]).await.map(drop)?),

@@ -118,7 +118,19 @@ async fn a_handover_is_refused_where_nobody_could_tell_whose_it_is_and_is_on_the
 }
 
 #[tokio::test]
-async fn a_purge_takes_nothing_from_a_handler() {
+async fn what_a_handler_left_behind_is_told_of_before_anybody_receives() {
+    let world = World::new(1, "a0 a1").await;
+    // The transaction 3 was over before there was a database.
+    let hand_over = "begin; select pgonce.receive('c'); select pgonce.hand_over('c', 0, '{1,2}', '3'); commit";
+    world.client.batch_execute(hand_over).await.expect("handed over");
+    let lag = "select dead from pgonce.consumer_lag where consumer = 'c'";
+    assert_eq!((number(&world.client, lag).await, world.joined(DEAD).await.as_str()), (2, ""));
+    assert_eq!(number(&world.client, "select count(*) from pgonce.receive('c')").await, 0);
+    assert_eq!((number(&world.client, lag).await, world.joined(DEAD).await.as_str()), (2, "a0 a1"));
+}
+
+#[tokio::test]
+async fn a_purge_takes_nothing_from_a_handler_but_the_dead_letters_that_it_would_leave() {
     let world = World::new(1, "a0 a1!fails a2").await;
     let holder = world.close_gate((1, 0)).await;
     let pool = world.database.database(2);
