@@ -64,6 +64,10 @@ begin
       elsif tried = 1 then
         select f.* into strict failure
         from pgonce.fail(consumer, partition, rest[1], message || ' (' || state || ')', state = 'PO013') f;
+        if rest[1] <> all (failure.withdrawn) then
+          raise exception using errcode = 'PO003', message = format('offset %s of consumer %L', rest[1], consumer),
+            hint = 'This transaction has not received it: try_statements is for messages of the batch that is open.';
+        end if;
         answer.failed := answer.failed + 1;
         answer.withdrawn := answer.withdrawn || failure.withdrawn;
         rest := case when cardinality(failure.withdrawn) = 1 then rest[2:]

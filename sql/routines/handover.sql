@@ -11,8 +11,8 @@
 -- and only if the handler's transaction has committed (which the handler itself must not do).
 --
 -- Whether a transaction is in progress is read from the snapshot that shows its note. Its xid is lower than that of the one
--- which wrote the note, so such a snapshot lists it, if it is in progress; an xid from another server, in a restored dump,
--- is not listed.
+-- which wrote the note, so once that has committed such a snapshot lists it, if it is in progress; an xid from another
+-- server, in a restored dump, is not listed.
 --
 -- Locks: the offset lock of the partition, for which they wait. Indexes: the primary keys of progress, parked, queue and
 -- processed_ids.
@@ -27,6 +27,7 @@ begin
   -- Note and list in one snapshot: a transaction that ended in between would be taken for one that was rolled back.
   select exists (select from pg_snapshot_xip(pg_current_snapshot()) x where x = p.handler)
       or p.handler is not distinct from pg_current_xact_id_if_assigned()
+      or p.writer is not distinct from pg_current_xact_id_if_assigned()
   into lives
   from pgonce.newest_progress(consumer_id, partition) p
   where p.handler is not null;
@@ -139,9 +140,9 @@ begin
   from pgonce.consumer_partitions p
   cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) n
   where p.consumer_id = reader.consumer_id and p.partition = hand_over.partition;
-  if current.writer is distinct from pg_current_xact_id() then
+  if current.writer is distinct from pg_current_xact_id() or current.handler is not null then
     raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
-      hint = 'hand_over is for a transaction that has received there.';
+      hint = 'hand_over is for a transaction that has received there, once.';
   elsif handler is null or handler >= pg_current_xact_id() then
     raise exception using errcode = 'PO003', message = format('handler transaction %s', coalesce(handler::text, 'null')),
       hint = 'Begin the transaction of the handler first, and ask there for pg_current_xact_id(), before the other one receives.';

@@ -245,7 +245,11 @@ begin
   has_suspect := exists (
     select from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = peek.partition
-      and k.is_suspect and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset);
+      and k.is_suspect and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset
+      and (reader.failure_policy <> 'block' or not exists (
+        select from pgonce.parked f
+        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
+          and f."offset" < k."offset")));
   if has_suspect or current.next_offset < careful_until then
     max := 1;
   end if;

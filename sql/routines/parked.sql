@@ -65,7 +65,7 @@ declare
   current_key text;
   first bigint;
 begin
-  foreach current_key in array keys loop
+  for current_key in select distinct unnest(keys) loop
     select n."offset" into first from pgonce.next_of_key(consumer_id, partition, current_key, 0) n;
     update pgonce.parked p
     set due_at = null
@@ -163,7 +163,11 @@ begin
   is_alone := suspects and exists (
     select from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = current.partition
-      and k.is_suspect and k.taken_by is null and k."offset" < current.next_offset and k.due_at <= present);
+      and k.is_suspect and k.taken_by is null and k."offset" < current.next_offset and k.due_at <= present
+      and (reader.failure_policy <> 'block' or not exists (
+        select from pgonce.parked f
+        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
+          and f."offset" < k."offset")));
   if is_alone then
     max := 1;
   elsif pgonce.is_turn_of_new(reader, current) then

@@ -197,8 +197,8 @@ begin
     select from pgonce.samples s where s.sampled_at > at - interval '10 seconds' and s.sampled_at <= at) then
     return false;
   end if;
-  delete from pgonce.samples s where s.sampled_at < at - interval '1 hour' or s.sampled_at > at;
-  delete from pgonce.handler_times h where h.recorded_at < at - interval '1 hour' or h.recorded_at > at;
+  delete from pgonce.samples s where s.sampled_at < at - interval '1 hour' or s.sampled_at > clock_timestamp();
+  delete from pgonce.handler_times h where h.recorded_at < at - interval '1 hour' or h.recorded_at > clock_timestamp();
   perform pgonce.add_up_duplicates(at - interval '10 minutes');
   insert into pgonce.samples (sampled_at, stage, id, applied, duplicates, retries, dead_letters, fenced)
   select at, k.stage, k.id, k.applied, k.duplicates, k.retries, k.dead_letters, k.fenced

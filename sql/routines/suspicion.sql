@@ -17,8 +17,8 @@ begin
   return coalesce(
     (select k."offset" from pgonce.parked k
      where k.consumer_id = reader.consumer_id and k.partition = next_to_receive.partition
-       and k.taken_by is null and k.due_at <= clock_timestamp() and not k.is_suspect
-     order by k.due_at, k."offset"
+       and k.taken_by is null and k.due_at <= clock_timestamp() and not k.is_suspect and k."offset" < next_offset
+     order by case when reader.failure_policy <> 'block' then k.due_at end, k."offset"
      limit 1),
     next_offset);
 end $$;
@@ -104,6 +104,10 @@ begin
     select k."offset" into suspect from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = suspicion.partition
       and k.is_suspect and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < next_offset
+      and (reader.failure_policy <> 'block' or not exists (
+        select from pgonce.parked f
+        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
+          and f."offset" < k."offset"))
     order by k.due_at
     limit 1;
     answer := (suspicion.partition, case when suspect is null then suspicion.messages else 1 end, suspect is not null);

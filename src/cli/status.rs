@@ -219,8 +219,10 @@ async fn check(installed: &Installed, max_lag: Duration, json: bool) -> anyhow::
     }
     for row in installed.rows(include_str!("../../sql/statements/late_consumers.sql"), &parameters).await? {
         let (consumer, lag): (&str, i64) = (row.try_get("consumer")?, row.try_get("lag")?);
-        let waits = seconds(row.try_get("seconds")?);
-        late.push(format!("consumer {consumer}: lags {} behind, the oldest waits for {waits}", count(lag, "message")));
+        let (parked, waits): (i64, f64) = (row.try_get("parked")?, row.try_get("seconds")?);
+        let lag = count(lag, "message");
+        let failing = if parked == 0 { String::new() } else { format!(", {} parked", count(parked, "message")) };
+        late.push(format!("consumer {consumer}: lags {lag} behind{failing}, the oldest waits for {}", seconds(waits)));
     }
     if json {
         print_json(&serde_json::json!({ "healthy": late.is_empty(), "late": late }))?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Json, ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
@@ -231,9 +232,9 @@ impl OpenBatch<'_> {
 
     /// A handler that swallowed an error left an aborted transaction, whose COMMIT would roll back and report success; one
     /// that ended the transaction itself left none. A statement tells.
-    pub(super) async fn expect_open(&self) -> Result<(), Error> {
+    pub(super) async fn expect_open(&self) -> Result<(), Trouble> {
         self.expect_one_open(self.effects).await?;
-        self.hear_of_records().await
+        Ok(self.hear_of_records().await?)
     }
 
     /// Where the transaction that received is another one: it is silent meanwhile, and may be so for no longer than any. Were it
@@ -242,13 +243,17 @@ impl OpenBatch<'_> {
         if std::ptr::eq(self.records, self.effects) {
             return Ok(());
         }
-        self.expect_one_open(self.records).await
+        match self.expect_one_open(self.records).await {
+            Ok(()) => Ok(()),
+            Err(Trouble::Elsewhere(error)) => Err(error),
+            Err(Trouble::Message(_)) => Err(self.was_ended()),
+        }
     }
 
-    async fn expect_one_open(&self, transaction: &Transaction<'_>) -> Result<(), Error> {
-        let row = transaction.query_typed_one(include_str!("../../sql/statements/batch_is_open.sql"), &[]).await?;
-        let is_open: Option<bool> = row.try_get("is_open")?;
-        if is_open == Some(true) { Ok(()) } else { Err(self.was_ended()) }
+    async fn expect_one_open(&self, transaction: &Transaction<'_>) -> Result<(), Trouble> {
+        let is_open = transaction.query_typed_one(include_str!("../../sql/statements/batch_is_open.sql"), &[]).await;
+        let is_open: Option<bool> = is_open.map_err(or_swallowed)?.try_get("is_open")?;
+        if is_open == Some(true) { Ok(()) } else { Err(self.was_ended().into()) }
     }
 
     fn was_ended(&self) -> Error {
@@ -312,19 +317,20 @@ impl OpenBatch<'_> {
         Ok(slices)
     }
 
-    /// Sets a mark to which a failure goes back, in the place of the one that is there.
-    pub(super) async fn set_savepoint(&self, is_first: bool) -> Result<(), Error> {
-        let statements = if is_first {
-            include_str!("../../sql/statements/savepoint_set.sql")
-        } else {
-            include_str!("../../sql/statements/savepoint_move.sql")
-        };
-        self.effects.batch_execute(statements).await.map_err(|error| match error.code() {
+    /// Sets a mark to which a failure goes back.
+    pub(super) async fn set_savepoint(&self) -> Result<(), Error> {
+        Ok(self.effects.batch_execute(include_str!("../../sql/statements/savepoint_set.sql")).await?)
+    }
+
+    /// Moves the mark behind what was done since. A message is to blame where that has aborted the transaction.
+    pub(super) async fn move_savepoint(&self) -> Result<(), Trouble> {
+        let moved = self.effects.batch_execute(include_str!("../../sql/statements/savepoint_move.sql")).await;
+        moved.map_err(|error| match error.code().map(SqlState::code) {
             // There is no such mark, or no transaction.
-            Some(code) if ["3B001", "25P01"].contains(&code.code()) => self.was_ended(),
-            _ => error.into(),
+            Some("3B001" | "25P01") => self.was_ended().into(),
+            _ => or_swallowed(error),
         })?;
-        self.hear_of_records().await
+        Ok(self.hear_of_records().await?)
     }
 
     /// Goes back to the mark, which stays.
@@ -396,6 +402,15 @@ impl<'a> Slice<'a> {
         };
         (0..self.offsets.len()).step_by(size).map(part).collect()
     }
+}
+
+/// The transaction was aborted, though the handler had nothing to complain of: a message is to blame.
+fn or_swallowed(error: tokio_postgres::Error) -> Trouble {
+    if error.code() != Some(&SqlState::IN_FAILED_SQL_TRANSACTION) {
+        return error.into();
+    }
+    let text = "the handler went on after an error of the database, which had aborted its transaction".to_owned();
+    Trouble::Message(Blame { culprit: None, text, verdict: Verdict::Retry })
 }
 
 /// A time as the server's settings have it, for which zero is no limit.

@@ -157,11 +157,11 @@ impl Consumer {
         let chunks = rows.chunks(effect.messages_per_call().unwrap_or(1));
         let mut parts = chunks.rev().map(Slice::of_rows).collect::<Result<Vec<_>, _>>()?;
         let mut tried = Tried::default();
-        batch.set_savepoint(true).await?;
+        batch.set_savepoint().await?;
         while let Some(part) = parts.pop() {
             let outcome = match effect.apply_slice(batch, &part).await {
                 // Fails where the handler has swallowed an error.
-                Ok(_) => batch.set_savepoint(false).await.map_err(Trouble::from),
+                Ok(_) => batch.move_savepoint().await,
                 Err(trouble) => Err(trouble),
             };
             let Err(trouble) = outcome else { continue };

@@ -13,6 +13,8 @@ const TEXT_BYTES_MAX: usize = 4_000;
 
 /// What statements raise to say that a message will never succeed.
 const PERMANENT: &str = "PO013";
+/// What PostgreSQL says of all statements behind one that failed.
+const ABORTED: &str = "25P02";
 
 /// An error that says when its message is to be tried again: never, or at a certain time. Any other error is tried again
 /// after the consumer's backoff.
@@ -123,7 +125,9 @@ impl Trouble {
             return Self::Elsewhere(Error::new(kind, message).with_source(error));
         }
         let text = text_of(&*error);
-        let by_code = if is_permanent(&*error) { Verdict::Permanent } else { Verdict::Retry };
+        let by_code = if has_code(&*error, PERMANENT) { Verdict::Permanent } else { Verdict::Retry };
+        // Which message has aborted the transaction is not known: perhaps one before it, whose handler went on.
+        let culprit = culprit.filter(|_| !has_code(&*error, ABORTED));
         let verdict = error.downcast::<Failure>().map_or(by_code, |failure| failure.verdict);
         Self::Message(Blame { culprit, text, verdict })
     }
@@ -186,15 +190,15 @@ fn kind_elsewhere(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
     None
 }
 
-/// Whether the database said so, with the SQLSTATE that `try_statements` knows as well.
-fn is_permanent(error: &(dyn StdError + 'static)) -> bool {
+/// Whether the database reported it with this SQLSTATE, whatever the handler has wrapped it in.
+fn has_code(error: &(dyn StdError + 'static), code: &str) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        let error = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
-        if error.is_some_and(|code| code.code() == PERMANENT) {
+        let reported = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
+        if reported.is_some_and(|reported| reported.code() == code) {
             return true;
         }
-        next = next.and_then(StdError::source);
+        next = error.source();
     }
     false
 }

@@ -364,15 +364,18 @@ impl Consumer {
         let mut failed = Failed::default();
         let mut slices = batch.slices(content).await?;
         slices.reverse();
-        let mut is_first = true;
+        batch.set_savepoint().await?;
         while let Some(slice) = slices.pop() {
             let slice = slice.without(&failed.withdrawn);
             if slice.offsets.is_empty() {
                 continue;
             }
-            batch.set_savepoint(is_first).await?;
-            is_first = false;
-            match effect.apply_slice(batch, &slice).await {
+            let outcome = match effect.apply_slice(batch, &slice).await {
+                // Fails where the handler has swallowed an error.
+                Ok(part) => batch.move_savepoint().await.map(|()| part),
+                Err(trouble) => Err(trouble),
+            };
+            match outcome {
                 Ok(part) => failed.add(part),
                 Err(Trouble::Message(blame)) => {
                     let alone = slice.offsets.first().copied().filter(|_| slice.offsets.len() == 1);
@@ -386,6 +389,7 @@ impl Consumer {
                             return Err(Error::new(ErrorKind::Defect, message).into());
                         }
                         failed.add(part);
+                        batch.move_savepoint().await?;
                         slices.push(slice);
                     } else {
                         batch.roll_back().await?;

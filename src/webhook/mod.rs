@@ -88,7 +88,7 @@ pub struct WebhookSettings {
 /// | `webhook-id` | The message id, the same at each attempt: the idempotency key. |
 /// | `webhook-timestamp` | When this attempt began, in seconds since 1970, by this machine's clock. |
 /// | `webhook-signature` | `v1,` and the base64 form of the HMAC-SHA256 of `id.timestamp.body`, once for each secret. |
-/// | `pgonce-attempt` | How often the message has been tried, this time included. |
+/// | `pgonce-attempt` | Its failed attempts, and this one; an attempt that a crash cut short is not always counted. |
 /// | `pgonce-partition`, `pgonce-epoch` | Of two requests of a partition, the one with the higher [`Epoch`] is right. |
 /// | `pgonce-key` | The message's key, if it has one. |
 ///
@@ -220,6 +220,14 @@ impl WebhookSettings {
             );
         }
         let host = uri.host().unwrap_or_default();
+        // What is no port would be taken for none, and something else be called.
+        let behind = uri.authority().map_or("", |authority| authority.as_str().strip_prefix(host).unwrap_or_default());
+        if !behind.is_empty() && uri.port_u16().is_none_or(|port| port == 0) {
+            return refused(
+                "has no port behind its colon",
+                "A port is a number from 1 to 65535; without one it is 443.",
+            );
+        }
         let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
         match address {
             Ok(address) if !self.allow_private_addresses && !address::is_public(address) => refused(

@@ -265,6 +265,29 @@ async fn what_fails_again_and_again_delays_nothing_by_more_than_a_batch() {
 }
 
 #[tokio::test]
+async fn with_block_a_suspect_waits_for_what_is_replayed_in_front_of_it() {
+    let (_database, client, pool) = world("block", "a1 a2").await;
+    let suspect = "
+        select pgonce.fail('c', 0, 1, 'why', permanent => true);
+        select pgonce.fail('c', 0, 2, 'why');
+        select pgonce.receive('c');
+        update pgonce.parked set is_suspect = true, due_at = clock_timestamp();
+        select pgonce.replay_dead_letters(array(select dead_letter_id from pgonce.dead_letters))";
+    client.batch_execute(suspect).await.expect("replayed");
+    assert_eq!(drain(&client, &pool, &Consumer::sql(CONSUMER, SQL)).await, "a1 a2");
+}
+
+#[tokio::test]
+async fn statements_are_tried_over_nothing_but_what_is_received() {
+    let (_database, client, _pool) = world("park_key", "a1 b1").await;
+    for open in ["", "select pgonce.open_batch('c', 1);"] {
+        let r#try = format!("begin; {open} select pgonce.try_statements('c', 0, '{{1,2}}', 'select 1/0')");
+        assert_eq!(sqlstate(&client, &r#try).await, "PO003", "{open}");
+        client.batch_execute("rollback").await.expect("rolled back");
+    }
+}
+
+#[tokio::test]
 async fn what_hangs_or_panics_fails_alone() {
     for (consumer, evil) in consumers().into_iter().zip([&["sleep", "hang", "panic"][..], &["hang"], &["sleep"]]) {
         let consumer = consumer.message_timeout(Duration::from_millis(300));

@@ -1,9 +1,10 @@
 //! `[[consumer]]`: what a consumer does, and its settings.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
 
 use super::{ATTEMPTS, BATCH_MESSAGES, WAIT_MS, check_bounds, check_name, explained};
@@ -11,6 +12,8 @@ use crate::{Consumer, ConsumerKind, ConsumerSettings, Webhook, WebhookSettings};
 
 /// Most loops of a consumer: each needs a connection.
 const LOOPS_MAX: usize = 64;
+/// A larger file holds no secrets.
+const SECRET_FILE_BYTES_MAX: u64 = 65_536;
 /// Loops of a consumer, where nothing else is said.
 const LOOPS: usize = 2;
 
@@ -150,6 +153,10 @@ impl ConsumerEntry {
                 bail!("kind = \"sql\" needs statements, and there are only comments and blanks")
             }
             (Kind::Webhook, _, None) => bail!("kind = \"webhook\" needs url, such as \"https://shop.example/hooks\""),
+            (Kind::Webhook, _, Some(_)) if self.holds_a_secret() => {
+                // Not quoted.
+                bail!("secret_file or secret_env is a secret itself: they name a file that holds it, or a variable")
+            }
             (Kind::Webhook, _, Some(_)) if self.secret_file.is_none() && self.secret_env.is_none() => {
                 bail!(
                     "kind = \"webhook\" needs a secret: secret_file names a file that holds it, secret_env a variable"
@@ -194,17 +201,34 @@ impl ConsumerEntry {
         }
     }
 
+    /// Whether a secret stands where its place is to be named.
+    fn holds_a_secret(&self) -> bool {
+        let file = self.secret_file.as_ref().is_some_and(|file| file.to_string_lossy().starts_with("whsec_"));
+        file || self.secret_env.as_ref().is_some_and(|name| name.starts_with("whsec_"))
+    }
+
     /// From the environment, which wins, or from the file.
     fn secrets(&self) -> anyhow::Result<String> {
-        let given = self.secret_env.as_ref().and_then(|name| std::env::var(name).ok());
-        match (given.filter(|secrets| !secrets.is_empty()), &self.secret_file, &self.secret_env) {
-            (Some(secrets), _, _) => Ok(secrets),
-            (None, Some(file), _) => {
-                std::fs::read_to_string(file).with_context(|| format!("secret_file: cannot read {}", file.display()))
+        let name = self.secret_env.as_deref().unwrap_or_default();
+        let given = self.secret_env.as_ref().and_then(std::env::var_os).filter(|secrets| !secrets.is_empty());
+        match (given, &self.secret_file) {
+            (Some(secrets), _) => {
+                secrets.into_string().map_err(|_| anyhow!("secret_env: the variable {name} holds no text"))
             }
-            (None, None, name) => Err(anyhow!(
-                "secret_env: the environment has no variable {}; set it, or name a file with secret_file",
-                name.as_deref().unwrap_or_default()
+            (None, Some(file)) => {
+                let mut secrets = String::new();
+                let read = std::fs::File::open(file)
+                    .and_then(|file| file.take(SECRET_FILE_BYTES_MAX + 1).read_to_string(&mut secrets));
+                let length = read.with_context(|| format!("secret_file: cannot read {}", file.display()))?;
+                ensure!(
+                    length as u64 <= SECRET_FILE_BYTES_MAX,
+                    "secret_file: {} is larger than {SECRET_FILE_BYTES_MAX} bytes, and holds no secrets",
+                    file.display()
+                );
+                Ok(secrets)
+            }
+            (None, None) => Err(anyhow!(
+                "secret_env: the environment has no variable {name}, or it is empty; set it, or name a file with secret_file"
             )),
         }
     }
@@ -287,6 +311,12 @@ mod tests {
         for (settings, reason) in [
             ("kind = 'webhook'\nsecret_env = 'S'", "needs url"),
             ("kind = 'webhook'\nurl = 'https://shop.example'", "secret_file names a file"),
+            ("kind = 'webhook'\nurl = 'https://shop.example'\nsecret_env = 'whsec_abc'", "is a secret itself"),
+            ("kind = 'webhook'\nurl = 'https://shop.example'\nsecret_file = 'whsec_abc'", "is a secret itself"),
+            ("kind = 'webhook'\nurl = 'https://shop.example:99999'\nsecret_env = 'S'", "has no port behind its colon"),
+            ("kind = 'webhook'\nurl = 'https://shop.example:abc/'\nsecret_env = 'S'", "has no port behind its colon"),
+            ("kind = 'webhook'\nurl = 'https://shop.example:/'\nsecret_env = 'S'", "has no port behind its colon"),
+            ("kind = 'webhook'\nurl = 'https://shop.example:0/'\nsecret_env = 'S'", "has no port behind its colon"),
             (
                 "kind = 'webhook'\nurl = 'https://a:b@shop.example'\nsecret_env = 'S'",
                 "url: a webhook's url holds a user",

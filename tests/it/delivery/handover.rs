@@ -101,6 +101,7 @@ async fn a_handover_is_refused_where_nobody_could_tell_whose_it_is_and_is_on_the
         "begin; select pgonce.receive('c'); select pgonce.hand_over('c', 0, '{1}', null)",
         "begin; select pgonce.receive('c'); select pgonce.hand_over('c', 0, '{}', '3')",
         "begin; select pgonce.receive('c'); select pgonce.hand_over('c', 1, '{1}', '3')",
+        "begin; select pgonce.receive('c', 1); select pgonce.hand_over('c', 0, '{1}', '3'), pgonce.hand_over('c', 0, '{2}', '3')",
     ] {
         assert_eq!(sqlstate(client, call).await, "PO003", "{call}");
         client.batch_execute("rollback").await.expect("rolled back");
@@ -115,6 +116,24 @@ async fn a_handover_is_refused_where_nobody_could_tell_whose_it_is_and_is_on_the
         client.batch_execute("rollback").await.expect("rolled back");
     }
     assert_eq!(texts(client, "select pgonce.finish_handover('c', 0)::text").await, ["false"], "it has none");
+}
+
+#[tokio::test]
+async fn what_was_handed_over_is_not_taken_for_left_behind_by_the_transaction_that_did_it() {
+    let world = World::new(1, "a0 a1").await;
+    let handler = world.database.connect().await;
+    let handler_id = "select pg_current_xact_id()::text";
+    handler.batch_execute("begin").await.expect("begun");
+    let handler_id = texts(&handler, handler_id).await.remove(0);
+    let hand_over = format!(
+        "begin; select pgonce.receive('c', 1); select pgonce.hand_over('c', 0, '{{1}}', '{handler_id}');
+         select pgonce.receive('c'); commit"
+    );
+    world.client.batch_execute(&hand_over).await.expect("handed over");
+    assert_eq!(texts(&handler, "select pgonce.finish_handover('c', 0)::text").await, ["true"]);
+    handler.batch_execute("commit").await.expect("committed");
+    assert_eq!(world.joined(DEAD).await, "");
+    assert_eq!(number(&world.client, "select count(*) from pgonce.receive('c')").await, 1);
 }
 
 #[tokio::test]
