@@ -52,6 +52,13 @@ begin
       perform set_config('search_path', path, true);
       execute statements;
       perform set_config('search_path', 'pg_catalog, pg_temp', true);
+      begin
+        -- Deferred constraints are looked at, and are deferred again.
+        set constraints all immediate;
+        raise sqlstate 'PO000';
+      exception when sqlstate 'PO000' then
+        null;
+      end;
       rest := rest[tried + 1:];
       collects := false;
       next := case when rest[1] = suspect then 1 else least(longest, 2 * tried) end;

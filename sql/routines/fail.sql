@@ -157,6 +157,9 @@ begin
       answer.withdrawn := answer.withdrawn || withdrawn_offset;
     end if;
   end loop;
+  if cardinality(answer.withdrawn) > 1 then
+    answer.withdrawn := array(select w from unnest(answer.withdrawn) w order by w);
+  end if;
   if is_own then
     update pgonce.progress p
     set received = p.received - cardinality(answer.withdrawn),

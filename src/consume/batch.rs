@@ -237,6 +237,20 @@ impl OpenBatch<'_> {
         Ok(self.hear_of_records().await?)
     }
 
+    /// Looks at constraints that are deferred, of a batch that is complete: COMMIT could blame no message.
+    pub(super) async fn check_constraints(&self) -> Result<(), Trouble> {
+        let check = self.effects.batch_execute(include_str!("../../sql/statements/check_constraints.sql"));
+        check.await.map_err(|error| self.of_constraint(error))
+    }
+
+    /// What is found only when the effect of messages is complete.
+    fn of_constraint(&self, error: tokio_postgres::Error) -> Trouble {
+        match error.code() {
+            Some(code) if code == &SqlState::IN_FAILED_SQL_TRANSACTION => or_swallowed(error),
+            _ => Trouble::of_handler(self.consumer, None, error.into()),
+        }
+    }
+
     /// Where the transaction that received is another one: it is silent meanwhile, and may be so for no longer than any. Were it
     /// gone, a batch would be repeated for ever.
     async fn hear_of_records(&self) -> Result<(), Error> {
@@ -322,13 +336,14 @@ impl OpenBatch<'_> {
         Ok(self.effects.batch_execute(include_str!("../../sql/statements/savepoint_set.sql")).await?)
     }
 
-    /// Moves the mark behind what was done since. A message is to blame where that has aborted the transaction.
+    /// Moves the mark behind what was done since. A message is to blame where that has aborted the transaction, or violates a
+    /// constraint that is deferred.
     pub(super) async fn move_savepoint(&self) -> Result<(), Trouble> {
         let moved = self.effects.batch_execute(include_str!("../../sql/statements/savepoint_move.sql")).await;
         moved.map_err(|error| match error.code().map(SqlState::code) {
             // There is no such mark, or no transaction.
             Some("3B001" | "25P01") => self.was_ended().into(),
-            _ => or_swallowed(error),
+            _ => self.of_constraint(error),
         })?;
         Ok(self.hear_of_records().await?)
     }

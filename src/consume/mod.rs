@@ -347,6 +347,7 @@ impl Consumer {
                 consumed.failed = failed.messages;
             } else {
                 effect.apply(batch, &content).await?;
+                batch.check_constraints().await?;
             }
             batch.expect_open().await?;
         }

@@ -288,6 +288,25 @@ async fn statements_are_tried_over_nothing_but_what_is_received() {
 }
 
 #[tokio::test]
+async fn what_violates_a_deferred_constraint_fails_alone() {
+    let sql = "insert into applied (text) select coalesce(payload ->> 'text', message_id) from received";
+    for is_sql in [false, true] {
+        let (_database, client, pool) = world("park_key", "a1 b1").await;
+        let constraint = "
+            create function refuse() returns trigger language plpgsql as $$
+            begin raise exception using errcode = 'check_violation', message = 'at once or at the end'; end $$;
+            create constraint trigger late after insert on applied deferrable initially deferred
+            for each row when (new.text = 'c1') execute function refuse()";
+        client.batch_execute(constraint).await.expect("added");
+        publish(&client, &pool, &[message("c1", None), message("d1", None)]).await;
+        let consumer = if is_sql { Consumer::sql(CONSUMER, sql) } else { Consumer::each(CONSUMER, Obedient) };
+        assert_eq!(drain(&client, &pool, &consumer).await, "a1 b1 d1", "sql: {is_sql}");
+        let parked = "select message_id || ' ' || (error like 'at once or at the end%') from pgonce.parked";
+        assert_eq!(texts(&client, parked).await, ["c1 true"], "sql: {is_sql}");
+    }
+}
+
+#[tokio::test]
 async fn what_hangs_or_panics_fails_alone() {
     for (consumer, evil) in consumers().into_iter().zip([&["sleep", "hang", "panic"][..], &["hang"], &["sleep"]]) {
         let consumer = consumer.message_timeout(Duration::from_millis(300));

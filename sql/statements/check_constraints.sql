@@ -1,0 +1,1 @@
+set constraints all immediate
