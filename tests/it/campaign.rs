@@ -109,6 +109,12 @@ impl Tasks {
         )
         .await;
         let due = self.ids(false);
+        let missing: Vec<_> = due.iter().filter(|id| applied.binary_search(id).is_err()).take(3).collect();
+        for id in missing {
+            let given_up =
+                format!("select attempts || ': ' || error from pgonce.dead_letters where message_id = '{id}'");
+            println!("not applied: {id}, with dead letters {:?}", texts(client, &given_up).await);
+        }
         assert!(applied == due, "seed {seed}: lost or doubled: {} applied of {}", applied.len(), due.len());
         let dead = texts(client, "select message_id from pgonce.dead_letters order by 1").await;
         assert_eq!(dead, self.ids(true), "seed {seed}: dead");
