@@ -1,7 +1,7 @@
 -- Suspicion: how a message is found that kills its process.
 --
 -- Before a range of messages is tried, that is written down and committed (take_suspicion); the transaction that applies
--- them takes it back (clear_suspicion). Who finds it still standing, and the process that wrote it dead, knows that the range
+-- them takes it back (clear_suspicion), and where that fails the process itself (retract_suspicion). Who finds it still standing, and the process that wrote it dead, knows that the range
 -- kills, and halves it. A range of one is charged with an attempt, and its message is tried by itself from then on; after
 -- its last attempt it is a dead letter. Messages that were at hand when a process was killed from outside succeed when they are tried
 -- again, and nothing is charged to them but in a range of one.
@@ -60,6 +60,23 @@ begin
       where k.consumer_id = s.consumer_id and k.partition = s.partition and k.is_suspect and k.taken_by is null);
 end $$;
 comment on function pgonce.clear_suspicion is 'Takes back what take_suspicion has written down, in the transaction that has received and applied it: nothing died of it. Errors: PO002.';
+
+create or replace function pgonce.retract_suspicion(consumer text, partition integer, member_id uuid)
+returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers := pgonce.consumer_row(consumer);
+begin
+  -- Its own only: somebody else may have taken it over meanwhile.
+  update pgonce.suspicions s
+  set tried_by = null, tried_offset = null
+  where s.consumer_id = reader.consumer_id and s.partition = retract_suspicion.partition
+    and s.tried_by = retract_suspicion.member_id;
+end $$;
+comment on function pgonce.retract_suspicion is 'Takes back what take_suspicion has written down, where the attempt failed and the process lives: should it die later, that was not the reason. Errors: PO002.';
 
 create or replace function pgonce.take_suspicion(consumer text, member_id uuid)
 returns setof pgonce.suspect_range

@@ -17,7 +17,7 @@ mod handler_times;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 
 use crate::database::Database;
@@ -40,6 +40,8 @@ const BATCH_MESSAGES: i32 = 1_000;
 const EXTERNAL_BATCH_MESSAGES: i32 = 100;
 /// How long a message may take, where nothing else is said.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it may take to take back what was written down under suspicion.
+const RETRACT_MAX: Duration = Duration::from_secs(2);
 /// Steps without a failure after which batches are applied whole again.
 const CAREFUL_STEPS: u32 = 8;
 
@@ -279,7 +281,23 @@ impl Consumer {
             },
             suspects: range.try_get("is_suspect")?,
         };
-        self.step_in(&**effect, database, scope).await.map(Some)
+        let outcome = self.step_in(&**effect, database, scope).await;
+        if let (Err(_), Some(partition)) = (&outcome, scope.partition) {
+            // Where this fails as well, what was written down stands until the next attempt.
+            let _ = tokio::time::timeout(RETRACT_MAX, self.retract_suspicion(database, partition, member)).await;
+        }
+        outcome.map(Some)
+    }
+
+    /// It lives: should it die before the next attempt, then not of what it has tried.
+    async fn retract_suspicion(&self, database: &Database, partition: i32, member: Uuid) -> Result<(), Error> {
+        let session = database.session().await?;
+        let statement = database.schema().sql(include_str!("../../sql/statements/retract_suspicion.sql"));
+        let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+            [(&self.name, Type::TEXT), (&partition, Type::INT4), (&member, Type::UUID)];
+        session.query_typed(&statement, &parameters).await?;
+        session.give_back();
+        Ok(())
     }
 
     async fn step_in(&self, effect: &dyn Effect, database: &Database, scope: Scope) -> Result<Consumed, Error> {

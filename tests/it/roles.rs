@@ -41,6 +41,7 @@ const WORKER: &[&str] = &[
     "relay",
     "release",
     "renew",
+    "retract_suspicion",
     "sample_rates",
     "seen_progress",
     "take_suspicion",

@@ -142,3 +142,29 @@ async fn who_is_killed_from_outside_leaves_no_dead_letter_and_no_suspicion_for_l
     child.kill().expect("killed");
     child.wait().expect("waited for");
 }
+
+#[tokio::test]
+async fn what_fails_while_its_process_lives_is_not_what_the_process_dies_of_later() {
+    let (database, client) = world().await;
+    publish(&database, &client, None).await;
+    let suspicion = "
+        insert into pgonce.suspicions (consumer_id, partition, until_offset, messages)
+        select consumer_id, partition, next_offset + 10000, 1 from pgonce.consumer_offsets where consumer = 'c'";
+    client.batch_execute(suspicion).await.expect("under suspicion");
+    // Nobody is to blame: it is tried again and again.
+    let consumer = Consumer::sql(CONSUMER, "select pg_sleep(0.3); insert into missing select message_id from received");
+    let shutdown = Shutdown::new();
+    let worker = Worker::new(database.database(4)).consumer_with(consumer, 1);
+    let tried = "select count(*) from pgonce.suspicions where tried_by is not null";
+    let looks = async {
+        for is_tried in [true, false, true, false] {
+            eventually("it is written down, and taken back", async || {
+                ((number(&client, tried).await > 0) == is_tried).then_some(())
+            })
+            .await;
+        }
+        shutdown.stop();
+    };
+    let (report, ()) = tokio::join!(worker.run(&shutdown), looks);
+    assert_eq!(report.expect("stopped well").applied, 0);
+}
