@@ -387,8 +387,10 @@ create table pgonce.suspicions (
   until_offset bigint not null,
   tried_offset bigint,
   tried_by uuid,
+  tried_at timestamptz,
   consumer_id integer not null,
   partition integer not null,
+  tried_pid integer,
   messages integer not null check (messages between 1 and 10000),
   raised_at timestamptz not null default clock_timestamp(),
   primary key (consumer_id, partition),
@@ -398,6 +400,8 @@ comment on table pgonce.suspicions is 'Where a process may have died of a messag
 comment on column pgonce.suspicions.until_offset is 'The message has a lower offset than this, or is parked.';
 comment on column pgonce.suspicions.tried_offset is 'The message that is tried by itself, if it is only one.';
 comment on column pgonce.suspicions.tried_by is 'The process that tries; null while none does.';
+comment on column pgonce.suspicions.tried_at is 'When that was last written down.';
+comment on column pgonce.suspicions.tried_pid is 'By which session: while it is there, its process lives, also where the connection that says so was lost.';
 comment on column pgonce.suspicions.consumer_id is 'The consumer.';
 comment on column pgonce.suspicions.partition is 'The partition.';
 comment on column pgonce.suspicions.messages is 'How many messages are tried together.';

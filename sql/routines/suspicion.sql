@@ -104,9 +104,12 @@ begin
     where s.consumer_id = reader.consumer_id and s.partition = suspicion.partition;
     continue when not found;
     if suspicion.tried_by <> take_suspicion.member_id then
-      -- Alive, and between its two transactions.
+      -- Alive, and between its two transactions. That may look otherwise for a moment: the connection by which it says
+      -- that it lives may be lost. (Behind a pooler the session of a dead one stays, so this counts for a moment only.)
       continue when exists (
-        select from pgonce.members m where m.member_id = suspicion.tried_by and pgonce.lives(m));
+          select from pgonce.members m where m.member_id = suspicion.tried_by and pgonce.lives(m))
+        or (suspicion.tried_at > clock_timestamp() - interval '5 seconds'
+          and exists (select from pg_stat_activity a where a.pid = suspicion.tried_pid));
       if suspicion.tried_offset is null then
         suspicion.messages := greatest(suspicion.messages / 2, 1);
       else
@@ -131,6 +134,8 @@ begin
     update pgonce.suspicions s
     set messages = suspicion.messages,
         tried_by = take_suspicion.member_id,
+        tried_at = clock_timestamp(),
+        tried_pid = pg_backend_pid(),
         tried_offset = case
           when suspect is not null then suspect
           when suspicion.messages = 1 then pgonce.next_to_receive(reader, suspicion.partition, next_offset)

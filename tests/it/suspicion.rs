@@ -168,3 +168,32 @@ async fn what_fails_while_its_process_lives_is_not_what_the_process_dies_of_late
     let (report, ()) = tokio::join!(worker.run(&shutdown), looks);
     assert_eq!(report.expect("stopped well").applied, 0);
 }
+
+#[tokio::test]
+async fn whose_session_is_there_is_not_dead_though_nobody_says_that_it_lives() {
+    let (database, client) = world().await;
+    publish(&database, &client, None).await;
+    let take = |member: u8| {
+        format!(
+            "select coalesce(sum(messages), 0)::bigint from pgonce.take_suspicion('c', '00000000-0000-4000-8000-00000000000{member}')"
+        )
+    };
+    let suspicion = "
+        insert into pgonce.suspicions (consumer_id, partition, until_offset, messages)
+        select consumer_id, partition, next_offset + 10000, 1 from pgonce.consumer_offsets where consumer = 'c' limit 1";
+    client.batch_execute(suspicion).await.expect("under suspicion");
+    let charged = "select failures from pgonce.consumer_lag where consumer = 'c'";
+    // None of them is a member.
+    let first = database.connect().await;
+    assert_eq!(number(&first, &take(1)).await, 1);
+    let just_now = "update pgonce.suspicions set tried_at = 'infinity'";
+    client.batch_execute(just_now).await.expect("however slow this machine is");
+    assert_eq!(number(&client, &take(2)).await, 0, "it may be at work");
+    assert_eq!(number(&client, charged).await, 0);
+    drop(first);
+    eventually("its session is gone, and it is charged", async || {
+        number(&client, &take(2)).await;
+        (number(&client, charged).await == 1).then_some(())
+    })
+    .await;
+}

@@ -1,0 +1,1 @@
+select pgonce.retract_suspicion($1, $2, $3)
