@@ -41,7 +41,17 @@ begin
     from pgonce.consumers c
     join pgonce.consumer_offsets o using (consumer_id)
     where c.consumer = any (dead.consumers) and c.kind = 'transactional'
-    on conflict do nothing;
+    on conflict (consumer_id, partition) do nothing;
+    -- What has been passed, and stands for a message that is parked only, begins again.
+    update pgonce.suspicions s
+    set until_offset = passed.next_offset + 10000, messages = 1000, raised_at = clock_timestamp()
+    from (
+      select s.consumer_id, s.partition, o.next_offset
+      from pgonce.suspicions s
+      join pgonce.consumer_offsets o using (consumer_id, partition)
+      where o.consumer = any (dead.consumers) and s.until_offset <= o.next_offset
+      for update of s skip locked) passed
+    where s.consumer_id = passed.consumer_id and s.partition = passed.partition;
     delete from pgonce.members m where m.member_id = dead.member_id;
   end loop;
   return query

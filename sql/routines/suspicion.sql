@@ -1,10 +1,12 @@
 -- Suspicion: how a message is found that kills its process.
 --
 -- Before a range of messages is tried, that is written down and committed (take_suspicion); the transaction that applies
--- them takes it back (clear_suspicion), and where that fails the process itself (retract_suspicion). Who finds it still standing, and the process that wrote it dead, knows that the range
--- kills, and halves it. A range of one is charged with an attempt, and its message is tried by itself from then on; after
--- its last attempt it is a dead letter. Messages that were at hand when a process was killed from outside succeed when they are tried
--- again, and nothing is charged to them but in a range of one.
+-- them takes it back (clear_suspicion), and where that fails the process itself (retract_suspicion). Who finds it still
+-- standing, and the process that wrote it dead, knows that the range kills: nothing behind it is suspected any more, and it
+-- is halved. Once it has been passed all the same, whoever died of it was killed from outside, and the suspicion is over.
+-- A range of one is charged with an attempt, and its message is tried by itself from then on; after its last attempt it is a
+-- dead letter. Messages that were at hand when a process was killed from outside succeed when they are tried again, and
+-- nothing is charged to them but in a range of one.
 --
 -- Locks: the offset lock of the partition, SKIP LOCKED. Indexes: the primary keys of suspicions and members, parked_suspect.
 
@@ -103,6 +105,7 @@ begin
     select s.* into suspicion from pgonce.suspicions s
     where s.consumer_id = reader.consumer_id and s.partition = suspicion.partition;
     continue when not found;
+    next_offset := (pgonce.newest_progress(reader.consumer_id, suspicion.partition)).next_offset;
     if suspicion.tried_by <> take_suspicion.member_id then
       -- Alive, and between its two transactions. That may look otherwise for a moment: the connection by which it says
       -- that it lives may be lost. (Behind a pooler the session of a dead one stays, so this counts for a moment only.)
@@ -111,6 +114,10 @@ begin
         or (suspicion.tried_at > clock_timestamp() - interval '5 seconds'
           and exists (select from pg_stat_activity a where a.pid = suspicion.tried_pid));
       if suspicion.tried_offset is null then
+        -- Parked messages were tried first, if any were due.
+        if pgonce.next_to_receive(reader, suspicion.partition, next_offset) = next_offset then
+          suspicion.until_offset := least(suspicion.until_offset, next_offset + suspicion.messages);
+        end if;
         suspicion.messages := greatest(suspicion.messages / 2, 1);
       else
         perform pgonce.fail(consumer, suspicion.partition, suspicion.tried_offset, 'the process that tried it died');
@@ -120,7 +127,6 @@ begin
         suspicion.messages := 1000;
       end if;
     end if;
-    next_offset := (pgonce.newest_progress(reader.consumer_id, suspicion.partition)).next_offset;
     select k."offset" into suspect from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = suspicion.partition
       and k.is_suspect and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < next_offset
@@ -133,6 +139,7 @@ begin
     answer := (suspicion.partition, case when suspect is null then suspicion.messages else 1 end, suspect is not null);
     update pgonce.suspicions s
     set messages = suspicion.messages,
+        until_offset = suspicion.until_offset,
         tried_by = take_suspicion.member_id,
         tried_at = clock_timestamp(),
         tried_pid = pg_backend_pid(),

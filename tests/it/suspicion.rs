@@ -65,10 +65,10 @@ async fn world() -> (TestDatabase, Client) {
     (database, client)
 }
 
-async fn publish(database: &TestDatabase, client: &Client, evil: Option<usize>) {
+async fn publish(database: &TestDatabase, client: &Client, evil: &[usize]) {
     let messages: Vec<Message> = (0..MESSAGES)
         .map(|nth| {
-            let payload = if Some(nth) == evil { json!({ "aborts": true }) } else { json!({}) };
+            let payload = if evil.contains(&nth) { json!({ "aborts": true }) } else { json!({}) };
             Message::json(&payload).expect("JSON").id(format!("m{nth}")).key((nth % 7).to_string())
         })
         .collect();
@@ -80,7 +80,7 @@ async fn publish(database: &TestDatabase, client: &Client, evil: Option<usize>) 
 #[tokio::test]
 async fn a_message_that_aborts_its_process_becomes_a_dead_letter_and_all_else_is_applied() {
     let (database, client) = world().await;
-    publish(&database, &client, Some(EVIL)).await;
+    publish(&database, &client, &[EVIL]).await;
     let mut child = start(&database.url);
     let mut deaths = 0;
     let applied = i64::try_from(MESSAGES - 1).expect("a number");
@@ -109,6 +109,42 @@ async fn a_message_that_aborts_its_process_becomes_a_dead_letter_and_all_else_is
     assert_eq!(texts(&client, out_of_order).await, [""; 0]);
 }
 
+/// Starts children until there are so many messages that killed their process, and nothing else is left.
+async fn until_all_else_is_applied(database: &TestDatabase, client: &Client, evil: usize) -> Child {
+    let mut child = start(&database.url);
+    eventually("all else is applied", async || {
+        if child.try_wait().expect("a child").is_some() {
+            child = start(&database.url);
+        }
+        let suspects = "select count(*) from pgonce.parked where is_suspect";
+        let left = "select count(*) from pgonce.consumer_lag where consumer = 'c' and lag > 0";
+        let done =
+            number(client, suspects).await == i64::try_from(evil).expect("a number") && number(client, left).await == 0;
+        done.then_some(())
+    })
+    .await;
+    child
+}
+
+#[tokio::test]
+async fn while_one_waits_that_killed_its_process_the_next_one_is_found_too() {
+    let (database, client) = world().await;
+    // One partition and key.
+    let evil = [EVIL, EVIL + 7 * 20];
+    let settings = "
+        select pgonce.drop_consumer('c');
+        select pgonce.create_consumer('c', 't', failure_policy => 'skip', backoff_min_ms => 86400000)";
+    client.batch_execute(settings).await.expect("created");
+    publish(&database, &client, &evil).await;
+    let mut child = until_all_else_is_applied(&database, &client, evil.len()).await;
+    child.kill().expect("killed");
+    child.wait().expect("waited for");
+    let suspects = "select message_id || ' ' || attempts from pgonce.parked where is_suspect order by \"offset\"";
+    assert_eq!(texts(&client, suspects).await, evil.map(|nth| format!("m{nth} 1")));
+    let applied = i64::try_from(MESSAGES - evil.len()).expect("a number");
+    assert_eq!(number(&client, "select count(*) from applied").await, applied);
+}
+
 #[tokio::test]
 async fn who_is_killed_from_outside_leaves_no_dead_letter_and_no_suspicion_for_long() {
     const KILLS: usize = 4;
@@ -123,7 +159,7 @@ async fn who_is_killed_from_outside_leaves_no_dead_letter_and_no_suspicion_for_l
         })
         .await;
         if round == 2 {
-            publish(&database, &client, None).await;
+            publish(&database, &client, &[]).await;
         }
         child.kill().expect("killed");
         child.wait().expect("waited for");
@@ -146,7 +182,7 @@ async fn who_is_killed_from_outside_leaves_no_dead_letter_and_no_suspicion_for_l
 #[tokio::test]
 async fn what_fails_while_its_process_lives_is_not_what_the_process_dies_of_later() {
     let (database, client) = world().await;
-    publish(&database, &client, None).await;
+    publish(&database, &client, &[]).await;
     let suspicion = "
         insert into pgonce.suspicions (consumer_id, partition, until_offset, messages)
         select consumer_id, partition, next_offset + 10000, 1 from pgonce.consumer_offsets where consumer = 'c'";
@@ -170,9 +206,42 @@ async fn what_fails_while_its_process_lives_is_not_what_the_process_dies_of_late
 }
 
 #[tokio::test]
+async fn a_range_that_is_passed_after_a_death_ends_the_suspicion() {
+    let (database, client) = world().await;
+    publish(&database, &client, &[]).await;
+    let suspicion = "
+        insert into pgonce.suspicions (consumer_id, partition, until_offset, messages)
+        select consumer_id, partition, next_offset + 10000, 40 from pgonce.consumer_offsets
+        where consumer = 'c' and partition = 0";
+    client.batch_execute(suspicion).await.expect("under suspicion");
+    // None of them is a member: who has written it down last is dead.
+    let take = |member: u8| {
+        format!(
+            "
+            update pgonce.suspicions set tried_at = '-infinity';
+            select * from pgonce.take_suspicion('c', '00000000-0000-4000-8000-00000000000{member}')"
+        )
+    };
+    let range = "select messages || ' before ' || until_offset from pgonce.suspicions";
+    client.batch_execute(&take(1)).await.expect("written down");
+    assert_eq!(texts(&client, range).await, ["40 before 10001"]);
+    client.batch_execute(&take(2)).await.expect("halved");
+    assert_eq!(texts(&client, range).await, ["20 before 41"]);
+    for left in [1, 0] {
+        let pass = "
+            begin;
+            select pgonce.receive('c', 20, partition => 0);
+            select pgonce.clear_suspicion('c', 0);
+            commit";
+        client.batch_execute(pass).await.expect("passed");
+        assert_eq!(number(&client, "select count(*) from pgonce.suspicions").await, left);
+    }
+}
+
+#[tokio::test]
 async fn whose_session_is_there_is_not_dead_though_nobody_says_that_it_lives() {
     let (database, client) = world().await;
-    publish(&database, &client, None).await;
+    publish(&database, &client, &[]).await;
     let take = |member: u8| {
         format!(
             "select coalesce(sum(messages), 0)::bigint from pgonce.take_suspicion('c', '00000000-0000-4000-8000-00000000000{member}')"
