@@ -40,8 +40,8 @@ pub enum ErrorKind {
     InUse,
     /// Messages are missing from the queue (`PO009`).
     Hole,
-    /// `relay`, `fail`, `bury`, `finish_handover`, `sample_rates`, `purge_topic`, a `drop_…`, a replay, a discard or a verb of leases outside
-    /// READ COMMITTED (`PO010`).
+    /// `relay`, `fail`, `bury`, `finish_handover`, `take_suspicion`, `sample_rates`, `purge_topic`, a `drop_…`, a replay, a
+    /// discard or a verb of leases outside READ COMMITTED (`PO010`).
     Isolation,
     /// One statement runs `receive` twice (`PO011`).
     ReceivedTwice,

@@ -42,6 +42,8 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const FAREWELL_MAX: Duration = Duration::from_secs(2);
 /// Connections of the watch: one to look, one to listen.
 const WATCH_CONNECTIONS: usize = 2;
+/// Connections to say that the process lives.
+const MEMBER_CONNECTIONS: usize = 1;
 /// Loops that each consumer gets, where nothing else is said.
 const LOOPS_PER_CONSUMER: usize = 2;
 
@@ -108,11 +110,11 @@ impl Worker {
     }
 
     /// Connections that it uses at the same time: one a relay, one a loop of a consumer (two where its effects are not
-    /// [exactly once](crate::Delivery)), and two to hear of new messages.
+    /// [exactly once](crate::Delivery)), two to hear of new messages, and one to say that it lives.
     #[must_use]
     pub fn connections(&self) -> usize {
         let of_consumers = self.consumers.iter().map(|(consumer, loops)| loops * consumer.connections());
-        self.relays.len() + of_consumers.sum::<usize>() + WATCH_CONNECTIONS
+        self.relays.len() + of_consumers.sum::<usize>() + WATCH_CONNECTIONS + MEMBER_CONNECTIONS
     }
 
     /// Runs all stages until `shutdown` asks to stop, or one of them fails in a way that time does not mend (an unknown
@@ -154,7 +156,9 @@ impl Worker {
         if !stages.is_empty() {
             let database = self.database.for_stage("watch", 1)?;
             if member.has_consumers() {
-                loops.spawn(member_loop(Arc::clone(&member), database.clone(), is_over.clone()));
+                // By its own connection: who lost it would be taken for dead.
+                let its_own = self.database.for_stage("member", MEMBER_CONNECTIONS)?;
+                loops.spawn(member_loop(Arc::clone(&member), its_own, is_over.clone()));
             }
             let keeping = rates.keep(database.clone(), is_over.clone());
             loops.spawn(async move {
@@ -293,7 +297,7 @@ async fn run_loop(stage: Stage, database: Database, shutdown: Shutdown) -> Resul
         // Registered before looking, so that what comes between the look and the wait still wakes.
         let rung = stage.bell.notified();
         let Some(outcome) = shutdown.or_aborted(stage.step(&database)).await else {
-            tracing::warn!(stage.name = stage.name(), "dropped what was at hand; it comes again");
+            tracing::warn!(stage.name = stage.name(), "dropped what was at hand");
             break;
         };
         let wait = match outcome {

@@ -244,7 +244,7 @@ comment on column pgonce.progress.received is 'Messages received, ever, without 
 comment on column pgonce.progress.duplicates is 'Messages left out, ever, because they were processed before.';
 comment on column pgonce.progress.failures is 'Attempts that failed, ever.';
 comment on column pgonce.progress.dead is 'Messages that became dead letters, ever.';
-comment on column pgonce.progress.writer is 'The transaction that wrote this generation: how receive notices that one statement runs it twice.';
+comment on column pgonce.progress.writer is 'The transaction that wrote this generation: by it receive notices that one statement runs it twice, and fail and hand_over know what their transaction has received.';
 comment on column pgonce.progress.was_parked is 'Whether the last batch was of messages that had failed before: then it is the turn of new ones.';
 comment on column pgonce.progress.handler is 'At most once: the transaction of the handler that is at messages which are recorded as processed; its COMMIT brings a generation without it. Where that transaction is over and this is still the newest generation, it was rolled back.';
 comment on column pgonce.progress.handed_over is 'The offsets of these messages.';

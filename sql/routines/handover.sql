@@ -11,8 +11,8 @@
 -- and only if the handler's transaction has committed (which the handler itself must not do).
 --
 -- Whether a transaction is in progress is read from the snapshot that shows its note. Its xid is lower than that of the one
--- which wrote the note, so once that has committed such a snapshot lists it, if it is in progress; an xid from another
--- server, in a restored dump, is not listed.
+-- which wrote the note, so once that has committed such a snapshot lists it, if it is in progress. An xid from another
+-- server, in a restored dump, is hardly ever listed; where it is, the partition waits for the transaction that has it here.
 --
 -- Locks: the offset lock of the partition, for which they wait. Indexes: the primary keys of progress, parked, queue and
 -- processed_ids.

@@ -242,14 +242,7 @@ begin
   current := pgonce.newest_progress(reader.consumer_id, partition);
   select l.careful_until into strict careful_until from pgonce.leases l
   where l.consumer_id = reader.consumer_id and l.partition = peek.partition;
-  has_suspect := exists (
-    select from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = peek.partition
-      and k.is_suspect and k.taken_by is null and k.due_at <= present and k."offset" < current.next_offset
-      and (reader.failure_policy <> 'block' or not exists (
-        select from pgonce.parked f
-        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
-          and f."offset" < k."offset")));
+  has_suspect := pgonce.due_suspect(reader, partition, current.next_offset) is not null;
   if has_suspect or current.next_offset < careful_until then
     max := 1;
   end if;
@@ -364,10 +357,10 @@ begin
   current := pgonce.newest_progress(reader.consumer_id, partition);
   answer := ('gone', current.next_offset);
   if from_offset = to_offset and from_offset < current.next_offset then
-    -- One that waits behind another of its key is not due, and cannot have been handed out.
+    -- Also where it waits behind another of its key: a replay may have put that in front of it since it was handed out.
     delete from pgonce.parked k
     where k.consumer_id = reader.consumer_id and k.partition = ack.partition and k."offset" = from_offset
-      and k.taken_by is null and k.due_at is not null
+      and k.taken_by is null
     returning k.* into parked;
     if found then
       perform pgonce.release_next(reader.consumer_id, partition, array[parked.key]);

@@ -131,6 +131,27 @@ begin
 end $$;
 comment on function pgonce.is_turn_of_new is 'Internal: whether the next batch is of new messages, since the last one was not: what fails again and again must not keep all else waiting.';
 
+create or replace function pgonce.due_suspect(reader pgonce.consumers, partition integer, next_offset bigint)
+returns bigint
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+  present constant timestamptz := clock_timestamp();
+begin
+  return (
+    select k."offset" from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = due_suspect.partition
+      and k.is_suspect and k.taken_by is null and k.due_at <= present and k."offset" < due_suspect.next_offset
+      and (reader.failure_policy <> 'block' or not exists (
+        select from pgonce.parked f
+        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
+          and f."offset" < k."offset"))
+    order by k.due_at
+    limit 1);
+end $$;
+comment on function pgonce.due_suspect is 'Internal: the parked message that a process has died of and that is due, the longest due first. It is handed out by itself, so that nothing else dies with it.';
+
 create or replace function pgonce.take_parked(
   reader pgonce.consumers, current pgonce.progress, max integer, max_bytes bigint, suspects boolean,
   out recorded bigint[], out duplicates integer)
@@ -159,15 +180,7 @@ begin
     -- Once a transaction: the view received tells what it takes by its mark alone.
     return;
   end if;
-  -- One that a process has died of comes by itself, so that nothing else dies with it.
-  is_alone := suspects and exists (
-    select from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = current.partition
-      and k.is_suspect and k.taken_by is null and k."offset" < current.next_offset and k.due_at <= present
-      and (reader.failure_policy <> 'block' or not exists (
-        select from pgonce.parked f
-        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
-          and f."offset" < k."offset")));
+  is_alone := suspects and pgonce.due_suspect(reader, current.partition, current.next_offset) is not null;
   if is_alone then
     max := 1;
   elsif pgonce.is_turn_of_new(reader, current) then

@@ -146,9 +146,18 @@ as $$
 #variable_conflict use_column
 declare
   target integer;
+  -- To lock a row is to write it: too few are not worth it.
+  enough bigint;
   old tid[];
 begin
   for target in select t.topic_id from pgonce.topics t loop
+    select count(*) into strict enough
+    from (
+      select from pgonce.duplicate_sends d
+      where d.topic_id = target and d.sent_at < before
+      order by d.sent_at
+      limit 1000) d;
+    continue when enough < 1000;
     old := array(
       select d.ctid from pgonce.duplicate_sends d
       where d.topic_id = target and d.sent_at < before
@@ -161,6 +170,13 @@ begin
     select target, max(a.sent_at), sum(a.messages) from added_up a;
   end loop;
   for target in select c.consumer_id from pgonce.consumers c where c.topic_id is null loop
+    select count(*) into strict enough
+    from (
+      select from pgonce.duplicate_receipts d
+      where d.consumer_id = target and d.received_at < before
+      order by d.received_at
+      limit 1000) d;
+    continue when enough < 1000;
     old := array(
       select d.ctid from pgonce.duplicate_receipts d
       where d.consumer_id = target and d.received_at < before

@@ -370,7 +370,7 @@ begin atomic
     receive.consumer, receive.max, receive.partition, receive.max_bytes, receive.suspects,
     pgonce.seen_progress(receive.consumer, receive.partition)) r;
 end;
-comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets, or those that failed before and are due again, in turns (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO009 (a hole), PO011 (twice in one statement).';
+comment on function pgonce.receive is 'The next messages of a consumer: up to max of one partition (and about max_bytes, at least one message), in the order of their offsets, or those that failed before and are due again, in turns (attempt says how often they have been tried, this time included); one that a process has died of comes by itself, or, unless suspects, not at all; recorded as processed, and the offset moved on, in the caller''s transaction. Every row that it returns counts as applied. No rows: nothing to do, or all of a batch was processed before or waits behind what is parked, or somebody else is at it, or a newer state than the statement sees; ask again. Errors: PO002, PO003, PO007 (an inbox, or an external consumer), PO009 (a hole), PO011 (twice in one statement).';
 
 create or replace function pgonce.open_batch(
   consumer text,

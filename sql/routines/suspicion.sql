@@ -1,14 +1,15 @@
 -- Suspicion: how a message is found that kills its process.
 --
--- Before a range of messages is tried, that is written down and committed (take_suspicion); the transaction that applies
--- them takes it back (clear_suspicion), and where that fails the process itself (retract_suspicion). Who finds it still
+-- Before a range of messages is tried, that is written down and committed (take_suspicion); it is taken back
+-- (clear_suspicion) in the transaction that applies them, or in one of its own where that has failed. Who finds it still
 -- standing, and the process that wrote it dead, knows that the range kills: nothing behind it is suspected any more, and it
 -- is halved. Once it has been passed all the same, whoever died of it was killed from outside, and the suspicion is over.
 -- A range of one is charged with an attempt, and its message is tried by itself from then on; after its last attempt it is a
 -- dead letter. Messages that were at hand when a process was killed from outside succeed when they are tried again, and
 -- nothing is charged to them but in a range of one.
 --
--- Locks: the offset lock of the partition, SKIP LOCKED. Indexes: the primary keys of suspicions and members, parked_suspect.
+-- Locks: the offset lock of the partition, SKIP LOCKED: who does not get it leaves everything as it is, as somebody else is
+-- at the messages. Only beat (member.sql) goes without: what it raises makes others careful, and nothing wrong. Indexes: the primary keys of suspicions and members, parked_suspect.
 
 create or replace function pgonce.next_to_receive(reader pgonce.consumers, partition integer, next_offset bigint)
 returns bigint
@@ -47,8 +48,15 @@ as $$
 #variable_conflict use_column
 declare
   reader pgonce.consumers := pgonce.consumer_row(consumer);
-  next_offset bigint := (pgonce.newest_progress(reader.consumer_id, partition)).next_offset;
+  next_offset bigint;
 begin
+  perform from pgonce.consumer_partitions p
+  where p.consumer_id = reader.consumer_id and p.partition = clear_suspicion.partition
+  for no key update skip locked;
+  if not found then
+    return;
+  end if;
+  next_offset := (pgonce.newest_progress(reader.consumer_id, partition)).next_offset;
   update pgonce.suspicions s
   set tried_by = null, tried_offset = null
   where s.consumer_id = reader.consumer_id and s.partition = clear_suspicion.partition;
@@ -61,24 +69,7 @@ begin
       select from pgonce.parked k
       where k.consumer_id = s.consumer_id and k.partition = s.partition and k.is_suspect and k.taken_by is null);
 end $$;
-comment on function pgonce.clear_suspicion is 'Takes back what take_suspicion has written down, in the transaction that has received and applied it: nothing died of it. Errors: PO002.';
-
-create or replace function pgonce.retract_suspicion(consumer text, partition integer, member_id uuid)
-returns void
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-declare
-  reader pgonce.consumers := pgonce.consumer_row(consumer);
-begin
-  -- Its own only: somebody else may have taken it over meanwhile.
-  update pgonce.suspicions s
-  set tried_by = null, tried_offset = null
-  where s.consumer_id = reader.consumer_id and s.partition = retract_suspicion.partition
-    and s.tried_by = retract_suspicion.member_id;
-end $$;
-comment on function pgonce.retract_suspicion is 'Takes back what take_suspicion has written down, where the attempt failed and the process lives: should it die later, that was not the reason. Errors: PO002.';
+comment on function pgonce.clear_suspicion is 'Takes back what take_suspicion has written down: in the transaction that has received and applied it, or, where that failed and the process lives, in one of its own. Nothing died of it. Errors: PO002.';
 
 create or replace function pgonce.take_suspicion(consumer text, member_id uuid)
 returns setof pgonce.suspect_range
@@ -127,15 +118,7 @@ begin
         suspicion.messages := 1000;
       end if;
     end if;
-    select k."offset" into suspect from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = suspicion.partition
-      and k.is_suspect and k.taken_by is null and k.due_at <= clock_timestamp() and k."offset" < next_offset
-      and (reader.failure_policy <> 'block' or not exists (
-        select from pgonce.parked f
-        where f.consumer_id = reader.consumer_id and f.partition = k.partition and f.taken_by is null
-          and f."offset" < k."offset"))
-    order by k.due_at
-    limit 1;
+    suspect := pgonce.due_suspect(reader, suspicion.partition, next_offset);
     answer := (suspicion.partition, case when suspect is null then suspicion.messages else 1 end, suspect is not null);
     update pgonce.suspicions s
     set messages = suspicion.messages,

@@ -80,7 +80,10 @@ impl Content {
     /// Whether messages among them failed before.
     pub(super) fn has_failed_before(&self) -> Result<bool, Error> {
         match self {
-            Self::Rows(rows) => rows.first().map_or(Ok(false), |row| Ok(row.try_get::<_, i32>("attempt")? > 1)),
+            Self::Rows(rows) => {
+                let attempts: Vec<i32> = rows.iter().map(|row| row.try_get("attempt")).collect::<Result<_, _>>()?;
+                Ok(attempts.iter().any(|attempt| *attempt > 1))
+            }
             Self::Opened { has_failed_before, .. } => Ok(*has_failed_before),
         }
     }
@@ -350,7 +353,8 @@ impl OpenBatch<'_> {
 
     /// Goes back to the mark, which stays.
     pub(super) async fn roll_back(&self) -> Result<(), Error> {
-        Ok(self.effects.batch_execute(include_str!("../../sql/statements/savepoint_roll_back.sql")).await?)
+        self.effects.batch_execute(include_str!("../../sql/statements/savepoint_roll_back.sql")).await?;
+        self.hear_of_records().await
     }
 
     /// Fails a message that this transaction has received, after its effect was rolled back.

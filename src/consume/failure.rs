@@ -36,6 +36,9 @@ pub struct Failure {
     verdict: Verdict,
 }
 
+/// Longest wait that a failure may ask for: ten years.
+const RETRY_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+
 /// When a message that failed is tried again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -54,8 +57,9 @@ impl Verdict {
     /// When, or after which time, it says that the message is tried again.
     pub(super) fn retry(self) -> (Option<SystemTime>, Option<Duration>) {
         match self {
-            Self::RetryAt(time) => (Some(time), None),
-            Self::RetryAfter(wait) => (None, Some(wait)),
+            // What the server cannot store would fail instead of the message.
+            Self::RetryAt(time) => (Some(time.clamp(SystemTime::UNIX_EPOCH, SystemTime::now() + RETRY_MAX)), None),
+            Self::RetryAfter(wait) => (None, Some(wait.min(RETRY_MAX))),
             Self::Retry | Self::Permanent => (None, None),
         }
     }
@@ -69,13 +73,14 @@ impl Failure {
         Self { error: error.into(), verdict: Verdict::Permanent }
     }
 
-    /// The message is tried again at this time, by the database's clock, and not before.
+    /// The message is tried again at this time, by the database's clock, and not before, unless it comes to wait behind an
+    /// earlier one of its key: then as soon as that is settled. Ten years ahead at the most.
     #[must_use]
     pub fn retry_at(time: SystemTime, error: impl Into<HandlerError>) -> Self {
         Self { error: error.into(), verdict: Verdict::RetryAt(time) }
     }
 
-    /// The message is tried again after this time, and not before.
+    /// The message is tried again after this time, as [`retry_at`](Self::retry_at) has it.
     #[must_use]
     pub fn retry_after(wait: Duration, error: impl Into<HandlerError>) -> Self {
         Self { error: error.into(), verdict: Verdict::RetryAfter(wait) }

@@ -17,7 +17,7 @@ mod handler_times;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::Type;
 use uuid::Uuid;
 
 use crate::database::Database;
@@ -41,7 +41,7 @@ const EXTERNAL_BATCH_MESSAGES: i32 = 100;
 /// How long a message may take, where nothing else is said.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to take back what was written down under suspicion.
-const RETRACT_MAX: Duration = Duration::from_secs(2);
+const CLEAR_MAX: Duration = Duration::from_secs(2);
 /// Steps without a failure after which batches are applied whole again.
 const CAREFUL_STEPS: u32 = 8;
 
@@ -145,7 +145,7 @@ impl Consumer {
         self
     }
 
-    /// How long a handler may take for a message, and each statement of SQL for a batch; 30 s where nothing is said. After
+    /// How long a handler may take for a message, and all statements of SQL together for a batch; 30 s where nothing is said. After
     /// twice that and 5 s without a word from this process, as where it was stopped, the server gives its batch to others.
     #[must_use]
     pub fn message_timeout(mut self, longest: Duration) -> Self {
@@ -284,18 +284,16 @@ impl Consumer {
         let outcome = self.step_in(&**effect, database, scope).await;
         if let (Err(_), Some(partition)) = (&outcome, scope.partition) {
             // Where this fails as well, what was written down stands until the next attempt.
-            let _ = tokio::time::timeout(RETRACT_MAX, self.retract_suspicion(database, partition, member)).await;
+            let _ = tokio::time::timeout(CLEAR_MAX, self.clear_suspicion(database, partition)).await;
         }
         outcome.map(Some)
     }
 
     /// It lives: should it die before the next attempt, then not of what it has tried.
-    async fn retract_suspicion(&self, database: &Database, partition: i32, member: Uuid) -> Result<(), Error> {
+    async fn clear_suspicion(&self, database: &Database, partition: i32) -> Result<(), Error> {
         let session = database.session().await?;
-        let statement = database.schema().sql(include_str!("../../sql/statements/retract_suspicion.sql"));
-        let parameters: [(&(dyn ToSql + Sync), Type); 3] =
-            [(&self.name, Type::TEXT), (&partition, Type::INT4), (&member, Type::UUID)];
-        session.query_typed(&statement, &parameters).await?;
+        let statement = database.schema().sql(include_str!("../../sql/statements/clear_suspicion.sql"));
+        session.query_typed(&statement, &[(&self.name, Type::TEXT), (&partition, Type::INT4)]).await?;
         session.give_back();
         Ok(())
     }

@@ -36,6 +36,7 @@ async fn obey(transaction: &Transaction<'_>, message: Received<Value>) -> Result
             // Whatever a handler wraps it in.
             Err(error) => Err(pgonce::Error::from(error).into()),
         },
+        Some("in an age") => Err(Failure::retry_after(Duration::MAX, "not yet").into()),
         Some("later") => Err(Failure::retry_at(SystemTime::UNIX_EPOCH, "not yet").into()),
         Some("divide") => Ok(transaction.execute("select 1 / 0", &[]).await.map(drop)?),
         Some("sleep") => Ok(transaction.execute("select pg_sleep(20)", &[]).await.map(drop)?),
@@ -197,6 +198,10 @@ async fn an_error_can_say_that_it_is_permanent_or_when_to_try_again() {
     assert_eq!(texts(&client, APPLIED).await.join(" "), "a1 b2");
     assert_eq!(texts(&client, "select (due_at < now())::text from pgonce.parked").await, ["true"]);
     assert_eq!(number(&client, "select attempts::bigint from pgonce.parked").await, 1);
+    publish(&client, &pool, &[message("d1", Some("in an age"))]).await;
+    assert_eq!(drain(&client, &pool, &consumer).await, "", "it fails, and so does nothing else");
+    let within = "select (due_at < now() + interval '11 years')::text from pgonce.parked where message_id = 'd1'";
+    assert_eq!(texts(&client, within).await, ["true"], "a time that the server can store");
 }
 
 #[tokio::test]

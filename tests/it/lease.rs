@@ -182,7 +182,6 @@ async fn with_park_key_a_key_waits_in_order_and_all_others_flow_on() {
     publish(&client, "b3 d1").await;
     assert_eq!(peek(&client, 1).await, "d1");
     assert_eq!(ack(&client, 1, 8, 8).await, "acked 9");
-    assert_eq!(ack(&client, 1, 4, 4).await, "gone 9", "it waits behind another one");
     for (expected, offset) in [("b1", 2), ("b2", 4), ("b3", 7)] {
         assert_eq!(peek(&client, 1).await, if offset == 2 { "" } else { expected }, "not due yet");
         client.batch_execute(HURRY).await.expect("hurried");
@@ -249,6 +248,27 @@ async fn after_its_last_attempt_a_message_is_dead_and_can_be_replayed() {
     assert_eq!(peek(&client, 1).await, "a1");
     assert_eq!(ack(&client, 1, 1, 1).await, "acked 3");
     assert_eq!(peek(&client, 1).await, "");
+}
+
+#[tokio::test]
+async fn what_is_at_hand_is_done_though_a_replay_is_put_in_front_of_it() {
+    let (_database, client) = world(1, "park_key", "a1 a2").await;
+    acquire(&client, ONE).await;
+    for outcome in ["parked", "parked", "dead"] {
+        assert_eq!(nack(&client, 1, 1).await, outcome);
+    }
+    assert_eq!(peek(&client, 1).await, "a2");
+    assert_eq!(nack(&client, 1, 2).await, "parked");
+    assert_eq!(peek(&client, 1).await, "", "it passes over what is parked");
+    client.batch_execute(HURRY).await.expect("hurried");
+    assert_eq!(peek(&client, 1).await, "a2");
+    let replay = "select pgonce.replay_dead_letters(array(select dead_letter_id from pgonce.dead_letters))";
+    client.batch_execute(replay).await.expect("replayed");
+    assert_eq!(peek(&client, 1).await, "a1", "the other one waits behind it");
+    assert_eq!(ack(&client, 1, 2, 2).await, "acked 3", "but its effect is there");
+    assert_eq!(ack(&client, 1, 1, 1).await, "acked 3");
+    client.batch_execute(HURRY).await.expect("hurried");
+    assert_eq!(peek(&client, 1).await, "", "none comes again");
 }
 
 #[tokio::test]

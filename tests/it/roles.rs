@@ -41,7 +41,6 @@ const WORKER: &[&str] = &[
     "relay",
     "release",
     "renew",
-    "retract_suspicion",
     "sample_rates",
     "seen_progress",
     "take_suspicion",

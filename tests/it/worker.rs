@@ -125,6 +125,10 @@ async fn a_soft_stop_finishes_the_batch_and_a_hard_stop_drops_it() {
         let worker = Worker::new(pool.clone()).relay(TOPIC).consumer(Consumer::each(CONSUMER, handler));
         let running = tokio::spawn(async move { worker.run(&stop).await });
         begun.acquire().await.expect("the handler is at it").forget();
+        // Whatever ends another one of its connections, it is not taken for dead.
+        let its_own = "
+            select count(*) from pgonce.members join pg_stat_activity using (pid) where application_name like '% member'";
+        assert_eq!(number(&client, its_own).await, 1);
         if is_soft {
             shutdown.stop();
             gate.add_permits(3);

@@ -230,7 +230,7 @@ async fn keys_keep_their_order_with_many_loops() {
         let stop = shutdown.clone();
         let worker = Worker::new(world.database.database(4));
         let worker = worker.consumer_with(world.consumer(delivery, false), 6);
-        assert_eq!(worker.connections(), 2 * 6 + 2);
+        assert_eq!(worker.connections(), 2 * 6 + 3);
         let running = tokio::spawn(async move { worker.run(&stop).await });
         let total = i64::try_from(ids.len()).expect("few");
         eventually("all is applied", async || {

@@ -1,1 +1,0 @@
-select pgonce.retract_suspicion($1, $2, $3)
