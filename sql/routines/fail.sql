@@ -63,6 +63,7 @@ declare
   began bigint;
   waits boolean;
   behind bigint;
+  queued pgonce.queue;
   message pgonce.parked;
   withdrawn_ids text[] := '{}';
   withdrawn_id text;
@@ -97,9 +98,7 @@ begin
       withdrawn_ids := array[message.message_id];
     end if;
   else
-    select q."offset", q.enqueued_at, clock_timestamp(), null, null, reader.consumer_id, q.partition, 0, q.bytes,
-           q.message_id, q.key, null, q.payload, q.headers, false
-    into message
+    select q.* into queued
     from pgonce.queue q
     where q.topic_id = reader.topic_id and q.partition = count_failure.partition and q."offset" = count_failure."offset"
       and q."offset" >= began
@@ -116,6 +115,7 @@ begin
       return next answer;
       return;
     end if;
+    message := pgonce.to_park(queued, reader.consumer_id);
     if message."offset" < current.next_offset then
       withdrawn_ids := array[message.message_id];
     end if;

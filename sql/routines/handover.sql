@@ -41,18 +41,18 @@ language plpgsql volatile
 as $$
 #variable_conflict use_column
 declare
+  queued pgonce.queue;
   message pgonce.parked;
 begin
   select p.* into message from pgonce.parked p
   where p.consumer_id = reader.consumer_id and p.partition = withdraw_recorded.partition
     and p."offset" = withdraw_recorded."offset";
   if not found then
-    select q."offset", q.enqueued_at, clock_timestamp(), null, null, reader.consumer_id, q.partition, 0, q.bytes,
-           q.message_id, q.key, null, q.payload, q.headers, false
-    into message
+    select q.* into queued
     from pgonce.queue q
     where q.topic_id = reader.topic_id and q.partition = withdraw_recorded.partition
       and q."offset" = withdraw_recorded."offset";
+    message := pgonce.to_park(queued, reader.consumer_id);
   end if;
   delete from pgonce.processed_ids r
   where r.consumer_id = reader.consumer_id and r.message_id = message.message_id

@@ -26,6 +26,29 @@ begin
 end $$;
 comment on function pgonce.next_of_key is 'Internal: the first parked message of a key behind an offset, and when it is due.';
 
+create or replace function pgonce.to_park(message pgonce.queue, consumer_id integer)
+returns pgonce.parked
+language plpgsql volatile
+as $$
+declare
+  copy pgonce.parked;
+begin
+  copy."offset" := message."offset";
+  copy.enqueued_at := message.enqueued_at;
+  copy.parked_at := clock_timestamp();
+  copy.consumer_id := to_park.consumer_id;
+  copy.partition := message.partition;
+  copy.attempts := 0;
+  copy.bytes := message.bytes;
+  copy.message_id := message.message_id;
+  copy.key := message.key;
+  copy.payload := message.payload;
+  copy.headers := message.headers;
+  copy.is_suspect := false;
+  return copy;
+end $$;
+comment on function pgonce.to_park is 'Internal: the row of parked that a message in the queue would have.';
+
 create or replace function pgonce.set_due(consumer_id integer, partition integer, "offset" bigint, due_at timestamptz)
 returns void
 language plpgsql volatile
