@@ -32,7 +32,8 @@ pub enum ErrorKind {
     Invalid,
     /// A payload, header, key or message id is beyond its bound (`PO004`).
     TooLarge,
-    /// The topic exists with another number of partitions (`PO005`), or the consumer with another topic (`PO006`).
+    /// The topic exists with another number of partitions (`PO005`), or the consumer with another topic; or a checkpoint has
+    /// that name already, or is of other tables (`PO006`).
     Conflict,
     /// The verb is for another kind of consumer: an inbox, one of a topic, or an external one (`PO007`).
     WrongConsumer,
@@ -41,12 +42,16 @@ pub enum ErrorKind {
     /// Messages are missing from the queue (`PO009`).
     Hole,
     /// `relay`, `fail`, `bury`, `finish_handover`, `take_suspicion`, `sample_rates`, `purge_topic`, a `drop_…`, a replay, a
-    /// discard or a verb of leases outside READ COMMITTED (`PO010`).
+    /// discard, `checkpoint`, `restore` or a verb of leases outside READ COMMITTED (`PO010`).
     Isolation,
     /// One statement runs `receive` twice (`PO011`).
     ReceivedTwice,
     /// Rows were changed by hand, or pgonce is wrong (`PO012`).
     Defect,
+    /// Messages that a restore or a replay needs are gone from the queue (`PO014`).
+    Gone,
+    /// The checkpoint does not exist (`PO015`).
+    UnknownCheckpoint,
     /// The schema is not installed in this database.
     SchemaMissing,
     /// The schema is of an older version than this program.
@@ -93,6 +98,8 @@ impl ErrorKind {
             "PO010" => Self::Isolation,
             "PO011" => Self::ReceivedTwice,
             "PO012" => Self::Defect,
+            "PO014" => Self::Gone,
+            "PO015" => Self::UnknownCheckpoint,
             // serialization_failure, deadlock_detected, lock_not_available
             "40001" | "40P01" | "55P03" => Self::Contention,
             // invalid_schema_name, undefined_function
@@ -119,6 +126,7 @@ impl ErrorKind {
             | Self::InUse
             | Self::Hole
             | Self::Defect
+            | Self::Gone
             | Self::SchemaMissing
             | Self::SchemaTooOld
             | Self::SchemaTooNew
@@ -127,6 +135,7 @@ impl ErrorKind {
             Self::Invalid
             | Self::TooLarge
             | Self::Conflict
+            | Self::UnknownCheckpoint
             | Self::WrongConsumer
             | Self::Isolation
             | Self::ReceivedTwice

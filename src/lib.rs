@@ -3,6 +3,7 @@
 mod error;
 mod message;
 
+mod checkpoints;
 mod connect;
 mod database;
 mod migrate;

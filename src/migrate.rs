@@ -20,6 +20,8 @@ use crate::schema::{Installed, SCHEMA_VERSION, Schema, installed};
 const MIGRATIONS: &[&str] = &[concat!(
     include_str!("../sql/migrations/0001_tables.sql"),
     "\n",
+    include_str!("../sql/migrations/0001_checkpoints.sql"),
+    "\n",
     include_str!("../sql/migrations/0001_row_types.sql"),
 )];
 const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize, "one migration for each version");
@@ -46,6 +48,11 @@ const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/watch.sql"),
     include_str!("../sql/routines/purge.sql"),
     include_str!("../sql/routines/rates.sql"),
+    include_str!("../sql/routines/state.sql"),
+    include_str!("../sql/routines/checkpoint.sql"),
+    include_str!("../sql/routines/restore.sql"),
+    include_str!("../sql/routines/difference.sql"),
+    include_str!("../sql/routines/emit.sql"),
     include_str!("../sql/routines/rights.sql"),
 ];
 

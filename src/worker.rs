@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::checkpoints::Checkpoints;
 use crate::consume::{Consumed, Consumer};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind, Remedy};
@@ -110,11 +111,20 @@ impl Worker {
     }
 
     /// Connections that it uses at the same time: one a relay, one a loop of a consumer (two where its effects are not
-    /// [exactly once](crate::Delivery)), two to hear of new messages, and one to say that it lives.
+    /// [exactly once](crate::Delivery)), two to hear of new messages, one to say that it lives, and one
+    /// for checkpoints that are [scheduled](Consumer::checkpoint_every).
     #[must_use]
     pub fn connections(&self) -> usize {
         let of_consumers = self.consumers.iter().map(|(consumer, loops)| loops * consumer.connections());
-        self.relays.len() + of_consumers.sum::<usize>() + WATCH_CONNECTIONS + MEMBER_CONNECTIONS
+        self.relays.len()
+            + of_consumers.sum::<usize>()
+            + WATCH_CONNECTIONS
+            + MEMBER_CONNECTIONS
+            + self.checkpoint_connections()
+    }
+
+    fn checkpoint_connections(&self) -> usize {
+        usize::from(self.consumers.iter().any(|(consumer, _)| consumer.schedule().is_some()))
     }
 
     /// Runs all stages until `shutdown` asks to stop, or one of them fails in a way that time does not mend (an unknown
@@ -139,6 +149,7 @@ impl Worker {
             stages.push((Work::Relay(relay), bell, database));
         }
         let rates = Rates::new(self.consumers.iter().map(|(consumer, _)| Arc::clone(consumer)).collect());
+        let checkpoints = Checkpoints::of(self.consumers.iter().map(|(consumer, _)| consumer));
         let names = self.consumers.iter().map(|(consumer, _)| consumer.name().to_owned()).collect();
         for (consumer, loops) in self.consumers {
             let bell = bells.for_consumer(consumer.name());
@@ -166,6 +177,13 @@ impl Worker {
                 Ok(Report::default())
             });
             companions = loops.len();
+            if !checkpoints.is_empty() {
+                let keeping = checkpoints.keep(self.database.for_stage("checkpoint", 1)?, stop.clone());
+                loops.spawn(async move {
+                    keeping.await;
+                    Ok(Report::default())
+                });
+            }
             let watch = Watch::new(Arc::clone(&bells));
             let listening = watch.listen(database.clone(), stop.clone());
             loops.spawn(async move {

@@ -50,3 +50,10 @@ create type pgonce.rate as (
   retries_per_minute float8, dead_letters_per_minute float8, fenced_per_minute float8, lag bigint, oldest_age interval,
   handler_p50_ms float8, handler_p99_ms float8, handler_limit_ms bigint, handler_nears_limit boolean);
 comment on type pgonce.rate is 'What the view rates shows of a topic or a consumer.';
+create type pgonce.checkpointed as (checkpoint text, taken_at timestamptz, row_count bigint);
+comment on type pgonce.checkpointed is 'What checkpoint answers: its name, when it was taken, and how many rows it holds beside the offsets.';
+create type pgonce.restored as (partition integer, next_offset bigint, messages bigint);
+comment on type pgonce.restored is 'What restore and replay answer for each partition: the offset to go on from, and how many messages come again.';
+create type pgonce.difference as (
+  part text, name text, messages bigint, added bigint, removed bigint, changed bigint, samples text[]);
+comment on type pgonce.difference is 'What checkpoint_difference answers: for each partition how many messages a restore would bring again; for each table how many rows the restore would delete (added since), bring back (removed since) and put back as they were (changed since), and keys of some of them.';

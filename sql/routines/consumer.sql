@@ -130,6 +130,8 @@ begin
   if created then
     insert into pgonce.consumer_partitions (consumer_id, partition)
     select existing.consumer_id, p.partition from pgonce.partitions p where p.topic_id = reads.topic_id;
+    -- What it starts at is not deleted before it is there.
+    perform from pgonce.queue_floors f where f.topic_id = reads.topic_id order by f.partition for share;
     insert into pgonce.progress (consumer_id, partition, generation, next_offset, received, duplicates)
     select existing.consumer_id, h.partition, 0,
            case when create_consumer.start_at = 'latest' then h.next_offset else h.earliest_offset end, 0, 0
@@ -202,10 +204,13 @@ begin
   delete from pgonce.dead_letters d where d.consumer_id = dropped.consumer_id;
   delete from pgonce.duplicate_receipts d where d.consumer_id = dropped.consumer_id;
   delete from pgonce.word_counts w where w.consumer = dropped.consumer;
+  delete from pgonce.state_tables s where s.consumer_id = dropped.consumer_id;
+  perform pgonce.forget_checkpoint(c.checkpoint_id) from pgonce.checkpoints c where c.consumer_id = dropped.consumer_id;
+  delete from pgonce.checkpoints c where c.consumer_id = dropped.consumer_id;
   delete from pgonce.consumers c where c.consumer_id = dropped.consumer_id;
   return next dropped;
 end $$;
-comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, its parked messages and dead letters, and its word counts; its effects in tables of yours stay. Answers the row that it dropped. Errors: PO002, PO010 (READ COMMITTED only).';
+comment on function pgonce.drop_consumer is 'Drops the consumer with its offsets, its record of what it has processed, its parked messages and dead letters, its checkpoints, and its word counts; its effects in tables of yours stay. Answers the row that it dropped. Errors: PO002, PO010 (READ COMMITTED only).';
 
 create or replace function pgonce.pause_consumer(consumer text)
 returns setof pgonce.consumers

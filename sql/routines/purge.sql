@@ -1,7 +1,7 @@
 -- Purge: a topic without its messages.
 --
 -- Locks, in this order: the topic's row, so that no consumer is created meanwhile, which would start at what is deleted here;
--- the head locks of the topic; the offset locks of all its consumers, ascending. So it waits for relays and consumers that
+-- the head locks of the topic; the offset locks of all its consumers, ascending; the floors of the topic. So it waits for relays and consumers that
 -- are at work there, and none starts behind it. READ COMMITTED only, as for a drop.
 
 create or replace function pgonce.purge_topic(topic text)
@@ -12,6 +12,8 @@ as $$
 #variable_conflict use_column
 declare
   target pgonce.topics;
+  place record;
+  current pgonce.progress;
   answer pgonce.purged;
 begin
   perform pgonce.require_read_committed('purge_topic');
@@ -30,17 +32,23 @@ begin
   get diagnostics answer.unsent = row_count;
   delete from pgonce.queue q where q.topic_id = target.topic_id;
   get diagnostics answer.queued = row_count;
+  update pgonce.queue_floors f
+  set floor = h.next_offset
+  from pgonce.partition_heads h
+  where f.topic_id = target.topic_id and h.topic_id = f.topic_id and h.partition = f.partition;
   delete from pgonce.parked k
   where k.consumer_id in (select c.consumer_id from pgonce.consumers c where c.topic_id = target.topic_id);
-  insert into pgonce.progress (
-    consumer_id, partition, generation, next_offset, received, duplicates, failures, dead, handler, handed_over)
-  select p.consumer_id, p.partition, p.generation + 1, h.next_offset, p.received, p.duplicates, p.failures, p.dead,
-         p.handler, p.handed_over
-  from pgonce.consumers c
-  join pgonce.consumer_partitions cp using (consumer_id)
-  cross join lateral pgonce.newest_progress(cp.consumer_id, cp.partition) p
-  join pgonce.partition_heads h on h.topic_id = c.topic_id and h.partition = cp.partition
-  where c.topic_id = target.topic_id;
+  for place in
+    select o.consumer_id, o.partition, h.next_offset
+    from pgonce.consumer_offsets o
+    join pgonce.partition_heads h using (topic_id, partition)
+    where o.topic_id = target.topic_id
+  loop
+    current := pgonce.newest_progress(place.consumer_id, place.partition);
+    current.next_offset := place.next_offset;
+    current.was_parked := false;
+    perform pgonce.append_progress(current);
+  end loop;
   answer.topic := target.topic;
   return next answer;
 end $$;

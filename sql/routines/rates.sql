@@ -99,7 +99,10 @@ as $$
         select r.*, extract(epoch from clock_timestamp() - r.sampled_at)::float8 as seconds
         from pgonce.samples r
         where r.stage = k.stage and r.id = k.id) a
+      -- After a restore the counters are those of the checkpoint.
       where a.seconds > 0
+        and (a.applied > k.applied or a.duplicates > k.duplicates or a.retries > k.retries
+          or a.dead_letters > k.dead_letters) is not true
       order by abs(a.seconds - 60)
       limit 1) s on true
   )

@@ -74,6 +74,8 @@ begin
   if created then
     insert into pgonce.partitions (topic_id, partition)
     select existing.topic_id, p from generate_series(0, existing.partitions - 1) p;
+    insert into pgonce.queue_floors (topic_id, partition)
+    select existing.topic_id, p from generate_series(0, existing.partitions - 1) p;
     insert into pgonce.heads (topic_id, partition, generation, next_offset, scanned, floor, open_xids, open_from, moved)
     select existing.topic_id, p, 0, 1, 0, 0, '{}', '{}', 0 from generate_series(0, existing.partitions - 1) p;
     return next existing;
@@ -119,6 +121,7 @@ begin
   perform from pgonce.partitions p where p.topic_id = dropped.topic_id order by p.partition for update;
   delete from pgonce.partitions p where p.topic_id = dropped.topic_id;
   delete from pgonce.heads h where h.topic_id = dropped.topic_id;
+  delete from pgonce.queue_floors f where f.topic_id = dropped.topic_id;
   delete from pgonce.outbox o where o.topic_id = dropped.topic_id;
   delete from pgonce.queue q where q.topic_id = dropped.topic_id;
   delete from pgonce.duplicate_sends d where d.topic_id = dropped.topic_id;

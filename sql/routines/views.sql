@@ -64,7 +64,9 @@ select
   g.duplicates,
   g.failures,
   g.dead,
-  g.generation
+  g.generation,
+  g.handler,
+  g.handed_over
 from pgonce.consumers c
 join pgonce.consumer_partitions cp using (consumer_id)
 cross join lateral (
@@ -72,7 +74,7 @@ cross join lateral (
   where p.consumer_id = cp.consumer_id and p.partition = cp.partition
   order by p.generation desc
   limit 1) g;
-comment on view pgonce.consumer_offsets is 'How far each consumer has come in each partition.';
+comment on view pgonce.consumer_offsets is 'How far each consumer has come in each partition. handler is the transaction that the messages handed_over are with, of a consumer whose messages are recorded first.';
 
 create or replace view pgonce.consumer_lag as
 select
@@ -92,16 +94,8 @@ select
   (select count(*) from pgonce.parked k where k.consumer_id = c.consumer_id and k.taken_by is null) as parked,
   (select count(*) from pgonce.dead_letters d where d.consumer_id = c.consumer_id and d.state = 'dead')
     -- What a handler left behind that is gone: the next receive makes dead letters of it (handover.sql).
-    + coalesce((
-      select sum(cardinality(g.handed_over))
-      from pgonce.consumer_partitions cp
-      cross join lateral (
-        select p.handler, p.handed_over from pgonce.progress p
-        where p.consumer_id = cp.consumer_id and p.partition = cp.partition
-        order by p.generation desc
-        limit 1) g
-      where cp.consumer_id = c.consumer_id
-        and g.handler <> all (array(select pg_snapshot_xip(pg_current_snapshot())))), 0)::bigint as dead,
+    + coalesce(sum(cardinality(o.handed_over)) filter (
+      where o.handler <> all (array(select pg_snapshot_xip(pg_current_snapshot())))), 0)::bigint as dead,
   c.kind
 from pgonce.consumers c
 left join pgonce.topics t using (topic_id)

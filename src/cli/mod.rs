@@ -3,6 +3,7 @@
 //! A person at a terminal gets progress and tables, a pipe gets plain text, and `--json` gets JSON. Exit codes: 0 done,
 //! 1 failed, 2 wrong usage, 3 a verification found a violation.
 
+mod checkpoint;
 mod config;
 mod connection;
 mod consumer;
@@ -60,6 +61,8 @@ enum Command {
     Consumer(consumer::Consumer),
     Message(message::Message),
     DeadLetter(dead_letter::DeadLetter),
+    Checkpoint(checkpoint::Checkpoint),
+    Replay(checkpoint::Replay),
     Demo(demo::Demo),
     Completions(manual::Completions),
     Man(manual::Man),
@@ -128,6 +131,8 @@ impl Command {
             Self::Consumer(command) => command.run().await,
             Self::Message(command) => command.run().await,
             Self::DeadLetter(command) => command.run().await,
+            Self::Checkpoint(command) => command.run().await,
+            Self::Replay(command) => command.run().await,
             Self::Demo(command) => command.run().await,
             Self::Version(command) => command.run().await,
             Self::Completions(command) => command.run(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::config::{Config, GRACEFUL_STOP_SECONDS_MAX};
 use super::connection::Connection;
@@ -249,6 +250,17 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
     for consumer in &config.consumers {
         if consumer::create(&session, schema, &consumer.name, Some(&consumer.topic), consumer.settings()).await? {
             tracing::info!("created consumer {}", consumer.name);
+        }
+        if let Some(state) = &consumer.state {
+            let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+                [(&consumer.name, Type::TEXT), (state, Type::TEXT_ARRAY)];
+            let is_so = schema.sql(include_str!("../../sql/statements/state_is.sql"));
+            let is_so: bool = session.query_typed_one(&is_so, &parameters).await?.try_get("is_so")?;
+            if !is_so {
+                let set = schema.sql(include_str!("../../sql/statements/set_state.sql"));
+                session.query_typed(&set, &parameters).await?;
+                tracing::info!("consumer {} has other state tables now", consumer.name);
+            }
         }
     }
     // Not given back: the stages have pools of their own, and nobody would use the connection again.

@@ -54,6 +54,7 @@ pub struct Consumer {
     batch_messages: i32,
     message_timeout: Duration,
     delivery: Delivery,
+    schedule: Option<Schedule>,
     /// How many steps are still to be careful, since a message failed.
     caution: AtomicU32,
     times: HandlerTimes,
@@ -65,6 +66,13 @@ enum Place {
     Transaction(Box<dyn Effect>),
     /// Outside of the database, under a lease.
     Outside(Box<External>),
+}
+
+/// How often a consumer is saved, and how many of these checkpoints stay.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Schedule {
+    pub(crate) every: Duration,
+    pub(crate) keep: i32,
 }
 
 /// What a step did.
@@ -133,6 +141,7 @@ impl Consumer {
             batch_messages: BATCH_MESSAGES,
             message_timeout: MESSAGE_TIMEOUT,
             delivery: Delivery::default(),
+            schedule: None,
             caution: AtomicU32::new(0),
             times: HandlerTimes::new(),
         }
@@ -142,6 +151,14 @@ impl Consumer {
     #[must_use]
     pub fn batch_messages(mut self, messages: i32) -> Self {
         self.batch_messages = messages;
+        self
+    }
+
+    /// Lets a [`Worker`](crate::Worker) save the consumer by itself (`pgonce.checkpoint`): so often, by the database's clock
+    /// and over all workers of this consumer, and so that 1 to 1000 of these checkpoints stay. A second is the least.
+    #[must_use]
+    pub fn checkpoint_every(mut self, every: Duration, keep: i32) -> Self {
+        self.schedule = Some(Schedule { every, keep });
         self
     }
 
@@ -226,6 +243,11 @@ impl Consumer {
             Place::Transaction(_) => self.message_timeout,
             Place::Outside(external) => self.message_timeout.min(external.lease),
         }
+    }
+
+    /// When a worker is to save it.
+    pub(crate) fn schedule(&self) -> Option<Schedule> {
+        self.schedule
     }
 
     /// Connections that a step needs at the same time.

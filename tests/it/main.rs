@@ -12,6 +12,7 @@ mod interleaving;
 
 mod campaign;
 mod cancellation;
+mod checkpoint;
 mod commands;
 mod connect;
 mod consume;

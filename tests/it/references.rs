@@ -69,7 +69,7 @@ async fn the_reference_lists_the_functions_as_they_are() {
     .await;
     let reference = text("docs/sql.md");
     let mut listed = BTreeSet::new();
-    for part in ["Producing", "Relaying", "Consuming", "Setting up", "Numbers"] {
+    for part in ["Producing", "Relaying", "Consuming", "Checkpoints", "Setting up", "Numbers"] {
         for row in rows(section(&reference, part)) {
             let (call, answer) = row[0].split_once('→').unwrap_or((&row[0], ""));
             for call in quoted(call) {

@@ -25,7 +25,10 @@ const WORKER: &[&str] = &[
     "apply_statements",
     "beat",
     "bury",
+    "checkpoint_if_due",
     "clear_suspicion",
+    "emit",
+    "emitted_id",
     "fail",
     "finish_handover",
     "hand_over",
@@ -47,19 +50,25 @@ const WORKER: &[&str] = &[
     "try_statements",
     "watch",
 ];
-const WORKER_READS: &[&str] = &["consumers", "received", "schema_versions", "topics", "word_counts"];
+const WORKER_READS: &[&str] = &["consumers", "received", "schema_versions", "state_tables", "topics", "word_counts"];
 /// What the view `rates` is made of, and what it compares with.
 const READER: &[&str] = &["current_rates", "sample_rates"];
 const OPERATOR: &[&str] = &[
+    "checkpoint",
+    "checkpoint_difference",
+    "delete_checkpoint",
     "discard_dead_letters",
     "pause_consumer",
     "pause_topic",
+    "replay",
     "replay_dead_letters",
+    "restore",
     "resume_consumer",
     "resume_topic",
 ];
 const READER_READS: &[&str] = &[
     "blocked_keys",
+    "checkpoint_list",
     "consumer_lag",
     "consumer_leases",
     "consumer_offsets",

@@ -223,7 +223,7 @@ async fn every_verb_has_the_rights_of_the_owner_but_those_that_are_inlined() {
         order by 1";
     assert_eq!(
         texts(&client, with_own_rights).await,
-        ["apply_statements", "new_message_id", "partition_of", "receive", "try_statements"]
+        ["apply_statements", "emitted_id", "new_message_id", "partition_of", "receive", "try_statements"]
     );
     let inlined = "
         select p.proname::text from pg_proc p join pg_language l on l.oid = p.prolang

@@ -109,40 +109,20 @@ async fn a_message_that_aborts_its_process_becomes_a_dead_letter_and_all_else_is
     assert_eq!(texts(&client, out_of_order).await, [""; 0]);
 }
 
-/// Starts children until there are so many messages that killed their process, and nothing else is left.
-async fn until_all_else_is_applied(database: &TestDatabase, client: &Client, evil: usize) -> Child {
-    let mut child = start(&database.url);
-    eventually("all else is applied", async || {
-        if child.try_wait().expect("a child").is_some() {
-            child = start(&database.url);
-        }
-        let suspects = "select count(*) from pgonce.parked where is_suspect";
-        let left = "select count(*) from pgonce.consumer_lag where consumer = 'c' and lag > 0";
-        let done =
-            number(client, suspects).await == i64::try_from(evil).expect("a number") && number(client, left).await == 0;
-        done.then_some(())
-    })
-    .await;
-    child
-}
-
 #[tokio::test]
-async fn while_one_waits_that_killed_its_process_the_next_one_is_found_too() {
+async fn a_death_while_one_waits_that_killed_its_process_begins_a_new_suspicion() {
     let (database, client) = world().await;
-    // One partition and key.
-    let evil = [EVIL, EVIL + 7 * 20];
-    let settings = "
-        select pgonce.drop_consumer('c');
-        select pgonce.create_consumer('c', 't', failure_policy => 'skip', backoff_min_ms => 86400000)";
-    client.batch_execute(settings).await.expect("created");
-    publish(&database, &client, &evil).await;
-    let mut child = until_all_else_is_applied(&database, &client, evil.len()).await;
-    child.kill().expect("killed");
-    child.wait().expect("waited for");
-    let suspects = "select message_id || ' ' || attempts from pgonce.parked where is_suspect order by \"offset\"";
-    assert_eq!(texts(&client, suspects).await, evil.map(|nth| format!("m{nth} 1")));
-    let applied = i64::try_from(MESSAGES - evil.len()).expect("a number");
-    assert_eq!(number(&client, "select count(*) from applied").await, applied);
+    publish(&database, &client, &[]).await;
+    // One has been passed, but for a message that is parked, and the other has not.
+    let deaths = "
+        insert into pgonce.suspicions (consumer_id, partition, until_offset, messages)
+        select consumer_id, partition, case partition when 0 then next_offset else 500 end, 1
+        from pgonce.consumer_offsets where consumer = 'c';
+        insert into pgonce.members (member_id, pid, consumers) values (gen_random_uuid(), -1, '{c}');
+        select pgonce.beat(gen_random_uuid(), '{c}')";
+    client.batch_execute(deaths).await.expect("noticed");
+    let ranges = "select messages || ' before ' || until_offset from pgonce.suspicions order by partition";
+    assert_eq!(texts(&client, ranges).await, ["1000 before 10001", "1 before 500"]);
 }
 
 #[tokio::test]

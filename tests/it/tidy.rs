@@ -20,7 +20,7 @@ const FLOORS: &[&[&str]] = &[
     &["produce", "relay", "consume", "topic"],
     &["webhook"],
     &["shutdown"],
-    &["watch", "member", "rates"],
+    &["watch", "member", "rates", "checkpoints"],
     &["worker"],
     &["embedded"],
     &["cli"],

@@ -1,6 +1,7 @@
 //! `[[consumer]]`: what a consumer does, and its settings.
 
 use std::io::Read;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,6 +15,12 @@ use crate::{Consumer, ConsumerKind, ConsumerSettings, Webhook, WebhookSettings};
 const LOOPS_MAX: usize = 64;
 /// A larger file holds no secrets.
 const SECRET_FILE_BYTES_MAX: u64 = 65_536;
+/// Time between two scheduled checkpoints: a second to 30 days.
+const CHECKPOINT_EVERY_MS: RangeInclusive<i64> = 1_000..=2_592_000_000;
+/// Scheduled checkpoints that stay.
+const CHECKPOINTS_KEPT: RangeInclusive<i32> = 1..=1_000;
+/// How many stay, where nothing else is said.
+const KEPT: i32 = 7;
 /// Loops of a consumer, where nothing else is said.
 const LOOPS: usize = 2;
 
@@ -35,6 +42,10 @@ pub(crate) struct ConsumerEntry {
     backoff_min_ms: Option<i32>,
     backoff_max_ms: Option<i32>,
     message_timeout_ms: Option<i32>,
+    /// Tables that hold its effects, besides `word_counts`.
+    pub(crate) state: Option<Vec<String>>,
+    checkpoint_every_ms: Option<i64>,
+    checkpoints_kept: Option<i32>,
     /// For the kind `webhook`: where messages are sent.
     url: Option<String>,
     /// A file that holds its secrets, and a variable of the environment that does.
@@ -129,6 +140,12 @@ impl ConsumerEntry {
         {
             bail!("backoff_min_ms of {least} is above backoff_max_ms of {most}");
         }
+        check_bounds("checkpoint_every_ms", self.checkpoint_every_ms, CHECKPOINT_EVERY_MS)?;
+        check_bounds("checkpoints_kept", self.checkpoints_kept, CHECKPOINTS_KEPT)?;
+        ensure!(
+            self.checkpoints_kept.is_none() || self.checkpoint_every_ms.is_some(),
+            "checkpoints_kept goes only with checkpoint_every_ms"
+        );
         self.check_kind()
     }
 
@@ -184,6 +201,10 @@ impl ConsumerEntry {
         }
         if let Some(longest) = self.lease_ms.and_then(milliseconds) {
             stage = stage.lease(longest);
+        }
+        if let Some(every) = self.checkpoint_every_ms.and_then(|number| u64::try_from(number).ok()) {
+            let keep = self.checkpoints_kept.unwrap_or(KEPT);
+            stage = stage.checkpoint_every(Duration::from_millis(every), keep);
         }
         Ok(stage)
     }

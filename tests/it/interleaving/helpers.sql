@@ -34,6 +34,7 @@ create index on test.applied (consumer_id);
 comment on table test.applied is 'The effects: one row for each message that a consumer received, in its transaction.';
 
 create table test.failed (
+  "position" bigint generated always as identity,
   consumer_id integer not null,
   partition integer not null,
   outcome text not null
@@ -219,6 +220,73 @@ begin
   update test.totals t set total = t.total - (select count(*) from undone u)
   where t.consumer_id = reader_id and t.partition = 0 and exists (select from undone u);
   return query select told.outcome;
+end $$;
+
+-- The effects once more, in a table that checkpoints hold.
+create function test.mirror()
+returns trigger
+language plpgsql
+as $$
+begin
+  if tg_op = 'INSERT' then
+    insert into pgonce.word_counts as w (consumer, word, count)
+    select c.consumer, new.message_id, 1 from pgonce.consumers c where c.consumer_id = new.consumer_id
+    on conflict (consumer, word) do update set count = w.count + 1;
+  elsif current_setting('test.restores', true) = 'true' then
+    null;
+  else
+    delete from pgonce.word_counts w using pgonce.consumers c
+    where c.consumer_id = old.consumer_id and w.consumer = c.consumer and w.word = old.message_id;
+  end if;
+  return null;
+end $$;
+create trigger mirror after insert or delete on test.applied for each row execute function test.mirror();
+
+create table test.checkpoints (
+  consumer text not null,
+  checkpoint text not null,
+  failed bigint not null
+);
+comment on table test.checkpoints is 'How far test.failed had come at a checkpoint.';
+
+create function test.checkpoint(consumer text, checkpoint text)
+returns bigint
+language plpgsql
+as $$
+begin
+  insert into test.checkpoints
+  values (checkpoint.consumer, checkpoint.checkpoint, (select coalesce(max(f."position"), 0) from test.failed f));
+  return (select c.row_count from pgonce.checkpoint(checkpoint.consumer, checkpoint.checkpoint) c);
+end $$;
+
+create function test.restore(consumer text, checkpoint text)
+returns text
+language plpgsql
+as $$
+declare
+  reader_id integer := test.id_of(restore.consumer);
+  told text;
+begin
+  select string_agg(r.partition || ':' || r.next_offset, ' ') into told
+  from pgonce.restore(restore.consumer, restore.checkpoint) r;
+  -- Under the locks that it has taken.
+  insert into test.voided (consumer, partition, epoch)
+  select e.consumer, e.partition, max(e.epoch) from test.epochs e
+  where e.consumer = restore.consumer
+  group by e.consumer, e.partition;
+  perform set_config('test.restores', 'true', true);
+  delete from test.applied a
+  where a.consumer_id = reader_id and not exists (
+    select from pgonce.word_counts w where w.consumer = restore.consumer and w.word = a.message_id);
+  perform set_config('test.restores', 'false', true);
+  delete from test.totals t where t.consumer_id = reader_id;
+  insert into test.totals (consumer_id, partition, total)
+  select reader_id, a.partition, count(*) from test.applied a where a.consumer_id = reader_id group by a.partition;
+  delete from test.failed f
+  using test.checkpoints c
+  where f.consumer_id = reader_id and c.consumer = restore.consumer and c.checkpoint = restore.checkpoint
+    and f."position" > c.failed;
+  return told;
 end $$;
 
 -- Takes back what the consumer has applied, as if it had failed after its COMMIT.
@@ -408,6 +476,13 @@ create table test.epochs (
 );
 comment on table test.epochs is 'Every acquisition, in its transaction.';
 
+create table test.voided (
+  consumer text not null,
+  partition integer not null,
+  epoch bigint not null
+);
+comment on table test.voided is 'The epochs that were in force when a checkpoint was restored.';
+
 create function test.break_promise(consumer text, words text)
 returns void
 language sql
@@ -464,9 +539,13 @@ returns void
 language plpgsql
 as $$
 begin
-  if outcome in ('acked', 'parked', 'dead') and hand.epoch <> (
-    select l.epoch from pgonce.leases l
-    where l.consumer_id = test.id_of(hand.consumer) and l.partition = hand.partition) then
+  if outcome in ('acked', 'parked', 'dead') and (
+    hand.epoch <> (
+      select l.epoch from pgonce.leases l
+      where l.consumer_id = test.id_of(hand.consumer) and l.partition = hand.partition)
+    or exists (
+      select from test.voided v
+      where v.consumer = hand.consumer and v.partition = hand.partition and v.epoch >= hand.epoch)) then
     perform test.break_promise(hand.consumer, format('%s under epoch %s, which is over', outcome, hand.epoch));
   end if;
 end $$;

@@ -1,0 +1,239 @@
+-- Restore: a consumer as it was at a checkpoint; and replay: its messages once more.
+--
+-- One transaction puts everything back together: offsets, what is recorded as processed, what was parked and given up, and
+-- the rows of its state. What was processed after the checkpoint is no longer recorded, and comes again. Rows that are as they
+-- were are not written.
+--
+-- Nobody who was at work before can write afterwards: the offset locks of all partitions wait for those who are (each batch
+-- commits or rolls back), the generation of progress rises, so that a statement which began before receives nothing, and of an
+-- external consumer the epoch of each partition. What was with a handler of an at_most_once consumer is no longer, and its
+-- COMMIT is refused. Tables of state are locked against writers, which also keeps away whoever uses an inbox.
+--
+-- Locks, in this order: the checkpoint's row FOR KEY SHARE; the offset locks of the consumer, ascending; the floors of the
+-- topic FOR SHARE; the tables of state, EXCLUSIVE, by oid. READ COMMITTED only: it must see what they waited for.
+
+create or replace function pgonce.lock_offsets(reader pgonce.consumers)
+returns void
+language plpgsql volatile
+as $$
+begin
+  perform from pgonce.consumer_partitions p where p.consumer_id = reader.consumer_id order by p.partition for no key update;
+  perform from pgonce.queue_floors f where f.topic_id = reader.topic_id order by f.partition for share;
+end $$;
+comment on function pgonce.lock_offsets is 'Internal: takes the offset locks of a consumer in all partitions, and sees to it that nothing is deleted from the queue.';
+
+create or replace function pgonce.rewind(reader pgonce.consumers, counters pgonce.progress)
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+  current pgonce.progress := pgonce.newest_progress(reader.consumer_id, counters.partition);
+begin
+  counters.generation := current.generation;
+  counters.was_parked := false;
+  counters.handler := null;
+  counters.handed_over := null;
+  perform pgonce.append_progress(counters);
+  -- Neither what is parked nor what became a dead letter was applied.
+  delete from pgonce.processed_ids p
+  using (
+    select q.message_id, q."offset" from pgonce.queue q
+    where q.topic_id = reader.topic_id and q.partition = counters.partition and q."offset" >= counters.next_offset
+    union
+    select k.message_id, k."offset" from pgonce.parked k
+    where k.consumer_id = reader.consumer_id and k.partition = counters.partition
+    union
+    select d.message_id, d."offset" from pgonce.dead_letters d
+    where d.consumer_id = reader.consumer_id and d.partition = counters.partition and d.state = 'dead') again
+  where p.consumer_id = reader.consumer_id and p.message_id = again.message_id
+    and p.partition = counters.partition and p."offset" = again."offset";
+  delete from pgonce.suspicions s where s.consumer_id = reader.consumer_id and s.partition = counters.partition;
+  update pgonce.leases l
+  set epoch = l.epoch + 1, owner = null, leased_until = null, tried_offset = null, careful_until = 0, was_member = false
+  where l.consumer_id = reader.consumer_id and l.partition = counters.partition;
+end $$;
+comment on function pgonce.rewind is 'Internal: sets a consumer back in a partition, for whoever holds the offset lock and has put back what is parked and dead.';
+
+create or replace function pgonce.restore_table(
+  checkpoint_id bigint, relation regclass, condition text, key text)
+returns void
+language plpgsql volatile
+set row_security = off
+set datestyle = 'ISO, YMD'
+set intervalstyle = 'postgres'
+set timezone = 'UTC'
+set extra_float_digits = 3
+set bytea_output = 'hex'
+set lc_monetary = 'C'
+set array_nulls = on
+as $$
+declare
+  columns text;
+begin
+  select string_agg(format('%I', a.attname), ', ' order by a.attnum) into columns
+  from pg_attribute a
+  where a.attrelid = relation and a.attnum > 0 and not a.attisdropped and a.attgenerated = '';
+  execute format(
+    $sql$
+      delete from %1$s t
+      where %2$s and not exists (
+        select from pgonce.checkpoint_rows r
+        where r.checkpoint_id = $1 and r.relation = %3$L::regclass and r.key = row(%4$s)::text and r."row" = t::text)
+    $sql$, relation, condition, relation, key)
+  using checkpoint_id;
+  -- `offset 0`: the text is read once, and not for each column.
+  execute format(
+    $sql$
+      insert into %1$s (%5$s) overriding system value
+      select %6$s
+      from (
+        select r."row"::%1$s as v from pgonce.checkpoint_rows r
+        where r.checkpoint_id = $1 and r.relation = %3$L::regclass
+          and not exists (select from %1$s t where %2$s and row(%4$s)::text = r.key)
+        offset 0) s
+    $sql$, relation, condition, relation, key, columns,
+    (select string_agg('(s.v).' || c, ', ') from unnest(string_to_array(columns, ', ')) c))
+  using checkpoint_id;
+end $$;
+comment on function pgonce.restore_table is 'Internal: makes the rows of a table that belong to a consumer those of a checkpoint.';
+
+create or replace function pgonce.check_restorable(reader pgonce.consumers, taken pgonce.checkpoints)
+returns void
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+  fault text;
+begin
+  select string_agg(
+    format('%s to %s of partition %s', s.next_offset, f.floor - 1, s.partition), ', ' order by s.partition) into fault
+  from pgonce.checkpoint_offsets s
+  join pgonce.queue_floors f on f.topic_id = reader.topic_id and f.partition = s.partition
+  where s.checkpoint_id = taken.checkpoint_id and s.next_offset < f.floor;
+  if fault is not null then
+    raise exception using errcode = 'PO014',
+      message = format('checkpoint %L of consumer %L needs messages that are gone: offsets %s', taken.checkpoint, reader.consumer, fault),
+      hint = 'They were deleted from the queue after it was taken. It can be read by SQL (pgonce.checkpoint_rows), and not restored.';
+  end if;
+  select string_agg(format('%s', coalesce(t.relation, s.relation)), ', ') into fault
+  from (select t.* from pgonce.checkpoint_tables t where t.checkpoint_id = taken.checkpoint_id) t
+  full join pgonce.state_of(reader) s on s.relation = t.relation
+  where t.columns is distinct from pgonce.signature(s.relation);
+  if fault is not null then
+    raise exception using errcode = 'PO006',
+      message = format('checkpoint %L of consumer %L is of other tables: %s', taken.checkpoint, reader.consumer, fault),
+      hint = 'Tables of its state were added, taken away or altered since then. Give them the columns that pgonce.checkpoint_tables shows, and name the same ones by set_state.';
+  end if;
+  -- They may have got triggers since they were named.
+  perform pgonce.check_state_table(s.relation) from pgonce.state_tables s where s.consumer_id = reader.consumer_id;
+end $$;
+comment on function pgonce.check_restorable is 'Internal: raises PO014 where messages are gone that a restore needs, PO006 where its tables are others, PO003 where one can no longer be put back.';
+
+create or replace function pgonce.restore(consumer text, checkpoint text)
+returns setof pgonce.restored
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers := pgonce.consumer_row(consumer);
+  taken pgonce.checkpoints := pgonce.checkpoint_row(reader, checkpoint);
+  state record;
+  saved record;
+  counters pgonce.progress;
+  answer pgonce.restored;
+begin
+  perform pgonce.require_read_committed('restore');
+  perform from pgonce.checkpoints c where c.checkpoint_id = taken.checkpoint_id for key share;
+  if not found then
+    -- Deleted while we waited: say so.
+    taken := pgonce.checkpoint_row(reader, checkpoint);
+  end if;
+  perform pgonce.lock_offsets(reader);
+  perform pgonce.check_restorable(reader, taken);
+  for state in
+    select s.relation from pgonce.state_tables s where s.consumer_id = reader.consumer_id order by s.relation::oid
+  loop
+    execute format('lock table %s in exclusive mode', state.relation);
+  end loop;
+  -- Those that were taken are processed.
+  delete from pgonce.parked k where k.consumer_id = reader.consumer_id and k.taken_by is not null;
+  for state in select s.* from pgonce.state_of(reader) s loop
+    perform pgonce.restore_table(taken.checkpoint_id, state.relation, state.condition, state.key);
+  end loop;
+  for saved in
+    select s.*, o.next_offset as came_to
+    from pgonce.checkpoint_offsets s
+    join pgonce.consumer_offsets o on o.consumer_id = reader.consumer_id and o.partition = s.partition
+    where s.checkpoint_id = taken.checkpoint_id
+    order by s.partition
+  loop
+    counters.consumer_id := reader.consumer_id;
+    counters.partition := saved.partition;
+    counters.next_offset := saved.next_offset;
+    counters.received := saved.received;
+    counters.duplicates := saved.duplicates;
+    counters.failures := saved.failures;
+    counters.dead := saved.dead;
+    perform pgonce.rewind(reader, counters);
+    answer := (saved.partition, saved.next_offset, greatest(saved.came_to - saved.next_offset, 0));
+    return next answer;
+  end loop;
+end $$;
+comment on function pgonce.restore is 'Makes a consumer what it was at a checkpoint, in one transaction; what it has processed since comes again. Running workers go on from there. Messages that it has sent stay. Waits for whoever is at its partitions, and for writers of its state tables. Answers where each partition goes on; nothing for an inbox. Errors: PO002, PO006 (its tables are others now), PO010 (READ COMMITTED only), PO014 (messages that it needs are gone), PO015 (no such checkpoint).';
+
+create or replace function pgonce.replay(
+  consumer text, from_offset bigint default null, partition integer default null, reapply_effects boolean default false)
+returns setof pgonce.restored
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers := pgonce.consumer_row(consumer);
+  place record;
+  counters pgonce.progress;
+  answer pgonce.restored;
+begin
+  perform pgonce.require_read_committed('replay');
+  if reader.topic_id is null then
+    raise exception using errcode = 'PO007', message = format('consumer %L is an inbox', consumer),
+      hint = 'Only what is in a topic can come again: its senders have to send it.';
+  elsif from_offset < 1 then
+    raise exception using errcode = 'PO003', message = format('from_offset of %s', from_offset),
+      hint = 'Offsets begin at 1; null is the earliest that is kept.';
+  elsif reapply_effects then
+    perform pgonce.lock_offsets(reader);
+  end if;
+  for place in
+    select o.partition, o.next_offset, f.floor, coalesce(replay.from_offset, f.floor) as wanted
+    from pgonce.consumer_offsets o
+    join pgonce.queue_floors f on f.topic_id = o.topic_id and f.partition = o.partition
+    where o.consumer_id = reader.consumer_id and (replay.partition is null or o.partition = replay.partition)
+    order by o.partition
+  loop
+    if place.wanted < place.floor then
+      raise exception using errcode = 'PO014',
+        message = format('offsets %s to %s of partition %s are gone', place.wanted, place.floor - 1, place.partition),
+        hint = 'Without from_offset it begins at the earliest that is kept.';
+    end if;
+    answer := (place.partition, least(place.wanted, place.next_offset), greatest(place.next_offset - place.wanted, 0));
+    if reapply_effects and answer.messages > 0 then
+      delete from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = place.partition
+        and (k."offset" >= answer.next_offset or k.taken_by is not null);
+      delete from pgonce.dead_letters d
+      where d.consumer_id = reader.consumer_id and d.partition = place.partition and d."offset" >= answer.next_offset;
+      counters := pgonce.newest_progress(reader.consumer_id, place.partition);
+      counters.next_offset := answer.next_offset;
+      perform pgonce.rewind(reader, counters);
+    end if;
+    return next answer;
+  end loop;
+  if not found then
+    raise exception using errcode = 'PO003', message = format('partition %s of consumer %L', partition, consumer),
+      hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
+  end if;
+end $$;
+comment on function pgonce.replay is 'Gives a consumer messages again that it has processed, from an offset on (null: the earliest that is kept), of one partition or all, so that their effects happen once more: what became of them is forgotten, parked messages and dead letters included. Only with reapply_effects; without it answers what it would do. Waits for whoever is at its partitions. Errors: PO002, PO003, PO007 (an inbox), PO010 (READ COMMITTED only), PO014 (these messages are gone).';

@@ -1,0 +1,1 @@
+select checkpoint from pgonce.delete_checkpoint($1, $2)

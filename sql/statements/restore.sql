@@ -1,0 +1,1 @@
+select partition, next_offset, messages from pgonce.restore($1, $2)

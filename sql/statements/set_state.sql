@@ -1,0 +1,1 @@
+select consumer_id from pgonce.set_state($1, $2::text[]::pg_catalog.regclass[])
