@@ -26,7 +26,7 @@ as $$
 declare
   rest bigint[] := offsets;
   -- What failed before will do so again as likely as not.
-  start constant integer := case current_setting('pgonce_batch.is_of_parked', true) when 'true' then 1 else 100 end;
+  start constant integer := case current_setting('pgonce_batch.is_of_parked', true) when 'true' then 1 else 32 end;
   longest integer := 100;
   next integer := start;
   tried integer;
