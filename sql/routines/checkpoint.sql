@@ -40,6 +40,9 @@ set array_nulls = on
 as $$
 #variable_conflict use_column
 declare
+  -- Now and then it rests for about as long as it has worked: whoever consumes meanwhile needs the machine as well.
+  one_in constant float8 := 1.0 / 5000;
+  rests constant float8 := 0.013;
   taken pgonce.checkpoints;
   state record;
   rows_of text[] := '{}';
@@ -63,7 +66,10 @@ begin
     insert into pgonce.checkpoint_tables (checkpoint_id, relation, columns)
     values (taken.checkpoint_id, state.relation, pgonce.signature(state.relation));
     rows_of := rows_of || format(
-      'select $1, %L::regclass, row(%s)::text, t::text from %s t where %s',
+      $sql$
+        select $1, %L::regclass, row(%s)::text, t::text from %s t
+        where %s and (random() > $3 or pg_sleep($4)::text = '')
+      $sql$,
       state.relation, state.key, state.relation, state.condition);
   end loop;
   -- One statement: one snapshot.
@@ -78,7 +84,7 @@ begin
       %s
     $sql$,
     array_to_string(rows_of, ' union all '))
-  using taken.checkpoint_id, reader.consumer_id;
+  using taken.checkpoint_id, reader.consumer_id, one_in, rests;
   get diagnostics saved = row_count;
   update pgonce.checkpoints c set row_count = saved where c.checkpoint_id = taken.checkpoint_id;
   return (taken.checkpoint, taken.taken_at, saved);

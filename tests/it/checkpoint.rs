@@ -88,8 +88,9 @@ async fn a_restored_consumer_is_what_it_was_and_goes_on_to_what_it_would_have_be
     client.batch_execute("select pgonce.checkpoint('c', 'one')").await.expect("saved");
     let saved = texts(&client, STATE).await;
     drain(&client).await;
-    let reached = texts(&client, STATE).await;
-    assert_ne!(saved, reached);
+    // Sequences go on: a row that is inserted again has another number.
+    let without_entry = STATE.replace("l::text", "(to_jsonb(l) - 'entry')::text");
+    let reached = texts(&client, &without_entry).await;
     // However the session that restores reads and writes values.
     let settings = "set datestyle = 'SQL, MDY'; set intervalstyle = 'sql_standard'; set timezone = 'Asia/Kolkata';
                     set extra_float_digits = 0; set bytea_output = 'escape'";
@@ -98,7 +99,7 @@ async fn a_restored_consumer_is_what_it_was_and_goes_on_to_what_it_would_have_be
     client.batch_execute("reset all").await.expect("reset");
     assert_eq!(texts(&client, STATE).await, saved);
     drain(&client).await;
-    assert_eq!(texts(&client, STATE).await, reached);
+    assert_eq!(texts(&client, &without_entry).await, reached);
 }
 
 #[tokio::test]
