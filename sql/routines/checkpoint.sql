@@ -37,6 +37,7 @@ set extra_float_digits = 3
 set bytea_output = 'hex'
 set lc_monetary = 'C'
 set array_nulls = on
+set xmloption = content
 as $$
 #variable_conflict use_column
 declare
@@ -53,6 +54,19 @@ begin
       message = format('checkpoint name of %s bytes', coalesce(octet_length(checkpoint)::text, 'null')),
       hint = 'A checkpoint has a name of 1 to 255 bytes.';
   end if;
+  if exists (
+    select from pgonce.consumer_partitions p
+    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
+    where p.consumer_id = reader.consumer_id and newest.generation > 0
+      and newest.writer = pg_current_xact_id_if_assigned()) then
+    raise exception using errcode = 'PO003', message = format('a checkpoint of consumer %L in a transaction of its own', reader.consumer),
+      hint = 'This transaction has received, and its effect may not be there yet. COMMIT first.';
+  end if;
+  perform from pgonce.consumers c where c.consumer_id = reader.consumer_id for key share;
+  if not found then
+    -- Dropped while we waited: say so.
+    perform pgonce.consumer_row(reader.consumer);
+  end if;
   perform from pgonce.queue_floors f where f.topic_id = reader.topic_id order by f.partition for share;
   insert into pgonce.checkpoints (consumer_id, checkpoint, is_scheduled)
   values (reader.consumer_id, take_checkpoint.checkpoint, take_checkpoint.is_scheduled)
@@ -62,12 +76,17 @@ begin
     raise exception using errcode = 'PO006', message = format('checkpoint %L of consumer %L exists', checkpoint, reader.consumer),
       hint = 'Give another name, or delete it first: select * from pgonce.delete_checkpoint(consumer, checkpoint).';
   end if;
+  for state in select s.relation from pgonce.state_tables s where s.consumer_id = reader.consumer_id loop
+    perform pgonce.check_state_table(state.relation);
+    -- Its columns stay as they are.
+    execute format('lock table %s in access share mode', state.relation);
+  end loop;
   for state in select s.* from pgonce.state_of(reader) s loop
     insert into pgonce.checkpoint_tables (checkpoint_id, relation, columns)
     values (taken.checkpoint_id, state.relation, pgonce.signature(state.relation));
     rows_of := rows_of || format(
       $sql$
-        select $1, %L::regclass, row(%s)::text, t::text from %s t
+        select $1, %L::regclass, row(%s)::text, (t.*)::text from %s t
         where %s and (random() > $3 or pg_sleep($4)::text = '')
       $sql$,
       state.relation, state.key, state.relation, state.condition);
@@ -103,7 +122,7 @@ begin
   perform pgonce.require_read_committed('checkpoint');
   return next pgonce.take_checkpoint(reader, checkpoint, false);
 end $$;
-comment on function pgonce.checkpoint is 'Saves a consumer as it is in this moment: its offsets, what it has parked and given up, for an inbox what it has processed, and its state (set_state). Stops nobody; a purge of the topic waits for it. Errors: PO002, PO003, PO006 (there is one of that name), PO010 (READ COMMITTED only).';
+comment on function pgonce.checkpoint is 'Saves a consumer as it is in this moment: its offsets, what it has parked and given up, for an inbox what it has processed, and its state (set_state). Stops nobody; a purge of the topic waits for it, and so does ALTER TABLE. Errors: PO002, PO003 (also in a transaction that has received), PO006 (there is one of that name), PO010 (READ COMMITTED only).';
 
 create or replace function pgonce.delete_checkpoint(consumer text, checkpoint text)
 returns setof pgonce.checkpointed
@@ -161,14 +180,15 @@ begin
     return;
   end if;
   return next pgonce.take_checkpoint(
-    reader, to_char(clock_timestamp(), '"scheduled" YYYY-MM-DD HH24:MI:SS.US'), true);
+    reader, to_char(clock_timestamp() at time zone 'UTC', '"scheduled" YYYY-MM-DD HH24:MI:SS.US'), true);
   for old in
     delete from pgonce.checkpoints c
     where c.checkpoint_id in (
       select o.checkpoint_id from pgonce.checkpoints o
       where o.consumer_id = reader.consumer_id and o.is_scheduled
       order by o.checkpoint_id desc
-      offset keep)
+      offset keep
+      for update skip locked)
     returning c.checkpoint_id
   loop
     perform pgonce.forget_checkpoint(old.checkpoint_id);
@@ -189,9 +209,39 @@ select
 from pgonce.checkpoints c
 join pgonce.consumers r using (consumer_id)
 left join lateral (
-  select sum(now.next_offset - s.next_offset) as messages, sum(greatest(f.floor - s.next_offset, 0)) as gone
+  select sum(greatest(now.next_offset - s.next_offset, 0)) as messages, sum(greatest(f.floor - s.next_offset, 0)) as gone
   from pgonce.checkpoint_offsets s
   join pgonce.queue_floors f on f.topic_id = r.topic_id and f.partition = s.partition
   join pgonce.consumer_offsets now on now.consumer_id = c.consumer_id and now.partition = s.partition
   where s.checkpoint_id = c.checkpoint_id) o on true;
 comment on view pgonce.checkpoint_list is 'The checkpoints of each consumer. messages: how many were received since then, which come again after a restore; gone: how many of them are no longer in the queue, so that it cannot be restored.';
+
+create or replace view pgonce.checkpoint_contents as
+select
+  r.consumer,
+  c.checkpoint,
+  'partition' as part,
+  s.partition::text as name,
+  s.next_offset,
+  greatest(o.next_offset - s.next_offset, 0) as messages,
+  greatest(f.floor - s.next_offset, 0) as gone,
+  null::bigint as row_count
+from pgonce.checkpoints c
+join pgonce.consumers r using (consumer_id)
+join pgonce.checkpoint_offsets s using (checkpoint_id)
+join pgonce.consumer_offsets o on o.consumer_id = c.consumer_id and o.partition = s.partition
+join pgonce.queue_floors f on f.topic_id = r.topic_id and f.partition = s.partition
+union all
+select
+  r.consumer,
+  c.checkpoint,
+  'table',
+  t.relation::text,
+  null,
+  null,
+  null,
+  (select count(*) from pgonce.checkpoint_rows h where h.checkpoint_id = t.checkpoint_id and h.relation = t.relation)
+from pgonce.checkpoints c
+join pgonce.consumers r using (consumer_id)
+join pgonce.checkpoint_tables t using (checkpoint_id);
+comment on view pgonce.checkpoint_contents is 'What each checkpoint holds: for each partition the offset to go on from, how many messages come again and how many of them are gone; for each table the number of rows.';

@@ -14,6 +14,7 @@ set extra_float_digits = 3
 set bytea_output = 'hex'
 set lc_monetary = 'C'
 set array_nulls = on
+set xmloption = content
 as $$
 declare
   answer pgonce.difference;
@@ -27,7 +28,7 @@ begin
           select r.key, r."row" from pgonce.checkpoint_rows r
           where r.checkpoint_id = $1 and r.relation = %3$L::regclass) saved
         full join (
-          select row(%4$s)::text as key, t::text as "row" from %1$s t where %2$s) present on present.key = saved.key
+          select row(%4$s)::text as key, (t.*)::text as "row" from %1$s t where %2$s) present on present.key = saved.key
         where saved."row" is distinct from present."row")
       select 'table', $2, null,
              count(*) filter (where c.change = 'added'),

@@ -1,7 +1,7 @@
 -- Purge: a topic without its messages.
 --
 -- Locks, in this order: the topic's row, so that no consumer is created meanwhile, which would start at what is deleted here;
--- the head locks of the topic; the offset locks of all its consumers, ascending; the floors of the topic. So it waits for relays and consumers that
+-- the floors of the topic; its head locks; the offset locks of all its consumers, ascending. So it waits for relays and consumers that
 -- are at work there, and none starts behind it. READ COMMITTED only, as for a drop.
 
 create or replace function pgonce.purge_topic(topic text)
@@ -23,6 +23,7 @@ begin
     -- Somebody else has just dropped it.
     return;
   end if;
+  perform from pgonce.queue_floors f where f.topic_id = target.topic_id order by f.partition for no key update;
   perform from pgonce.partitions p where p.topic_id = target.topic_id order by p.partition for no key update;
   perform from pgonce.consumer_partitions cp
   where cp.consumer_id in (select c.consumer_id from pgonce.consumers c where c.topic_id = target.topic_id)

@@ -6,19 +6,45 @@
 --
 -- Nobody who was at work before can write afterwards: the offset locks of all partitions wait for those who are (each batch
 -- commits or rolls back), the generation of progress rises, so that a statement which began before receives nothing, and of an
--- external consumer the epoch of each partition. What was with a handler of an at_most_once consumer is no longer, and its
--- COMMIT is refused. Tables of state are locked against writers, which also keeps away whoever uses an inbox.
+-- external consumer the epoch of each partition. While a handler is at messages that were recorded first (at_most_once), it is refused. Tables of state are locked against writers, which also keeps away whoever uses an inbox.
 --
--- Locks, in this order: the checkpoint's row FOR KEY SHARE; the offset locks of the consumer, ascending; the floors of the
--- topic FOR SHARE; the tables of state, EXCLUSIVE, by oid. READ COMMITTED only: it must see what they waited for.
+-- Locks, in this order: the consumer's row; the floors of the topic FOR SHARE; the offset locks of the consumer, ascending; the
+-- checkpoint's row FOR KEY SHARE; EXCLUSIVE, by oid, the tables of state that are not shared, and of an inbox all. READ COMMITTED only: it must see what they waited for.
 
 create or replace function pgonce.lock_offsets(reader pgonce.consumers)
 returns void
 language plpgsql volatile
 as $$
+declare
+  place integer;
 begin
-  perform from pgonce.consumer_partitions p where p.consumer_id = reader.consumer_id order by p.partition for no key update;
+  -- An inbox has no partitions.
+  perform from pgonce.consumers c where c.consumer_id = reader.consumer_id for no key update;
+  if not found then
+    -- Dropped while we waited: say so.
+    perform pgonce.consumer_row(reader.consumer);
+  end if;
   perform from pgonce.queue_floors f where f.topic_id = reader.topic_id order by f.partition for share;
+  perform from pgonce.consumer_partitions p where p.consumer_id = reader.consumer_id order by p.partition for no key update;
+  if exists (
+    select from pgonce.consumer_partitions p
+    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
+    where p.consumer_id = reader.consumer_id and newest.generation > 0
+      and newest.writer = pg_current_xact_id_if_assigned()) then
+    raise exception using errcode = 'PO003', message = format('consumer %L is set back by a transaction of its own', reader.consumer),
+      hint = 'This transaction has received, or set it back before: what it applies now would be applied once more. COMMIT first.';
+  end if;
+  for place in
+    select o.partition from pgonce.consumer_offsets o
+    where o.consumer_id = reader.consumer_id and o.handler is not null
+    order by o.partition
+  loop
+    if not pgonce.end_handover(reader, place) then
+      raise exception using errcode = '55P03',
+        message = format('a handler is at messages of partition %s of consumer %L', place, reader.consumer),
+        hint = 'They were recorded first, at most once. Try again when it is done, or pause the consumer and try again then.';
+    end if;
+  end loop;
 end $$;
 comment on function pgonce.lock_offsets is 'Internal: takes the offset locks of a consumer in all partitions, and sees to it that nothing is deleted from the queue.';
 
@@ -30,6 +56,9 @@ as $$
 declare
   current pgonce.progress := pgonce.newest_progress(reader.consumer_id, counters.partition);
 begin
+  -- Whoever has an older snapshot cannot take the lock afterwards.
+  update pgonce.consumer_partitions p set partition = p.partition
+  where p.consumer_id = reader.consumer_id and p.partition = counters.partition;
   counters.generation := current.generation;
   counters.was_parked := false;
   counters.handler := null;
@@ -37,7 +66,8 @@ begin
   perform pgonce.append_progress(counters);
   -- Neither what is parked nor what became a dead letter was applied.
   delete from pgonce.processed_ids p
-  using (
+  where p.ctid = any (array(
+    select known.ctid from (
     select q.message_id, q."offset" from pgonce.queue q
     where q.topic_id = reader.topic_id and q.partition = counters.partition and q."offset" >= counters.next_offset
     union
@@ -46,9 +76,29 @@ begin
     union
     select d.message_id, d."offset" from pgonce.dead_letters d
     where d.consumer_id = reader.consumer_id and d.partition = counters.partition and d.state = 'dead') again
-  where p.consumer_id = reader.consumer_id and p.message_id = again.message_id
-    and p.partition = counters.partition and p."offset" = again."offset";
-  delete from pgonce.suspicions s where s.consumer_id = reader.consumer_id and s.partition = counters.partition;
+    -- One look-up an id, whatever the statistics say.
+    cross join lateral (
+      select r.ctid, r.partition, r."offset" from pgonce.processed_ids r
+      where r.consumer_id = reader.consumer_id and r.message_id = again.message_id
+      limit 1) known
+    where known.partition = counters.partition and known."offset" = again."offset"));
+  -- A checkpoint may also be further than the consumer is now.
+  insert into pgonce.processed_ids ("offset", consumer_id, partition, message_id)
+  select q."offset", reader.consumer_id, q.partition, q.message_id
+  from pgonce.queue q
+  where q.topic_id = reader.topic_id and q.partition = counters.partition
+    and q."offset" >= current.next_offset and q."offset" < counters.next_offset
+    and not exists (
+      select from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = q.partition and k."offset" = q."offset")
+    and not exists (
+      select from pgonce.dead_letters d
+      where d.consumer_id = reader.consumer_id and d.partition = q.partition and d."offset" = q."offset" and d.state <> 'replayed')
+  on conflict do nothing;
+  -- As good as passed; to delete the row would make others wait who raise one.
+  update pgonce.suspicions s
+  set until_offset = 0, messages = 1000, tried_by = null, tried_offset = null
+  where s.consumer_id = reader.consumer_id and s.partition = counters.partition;
   update pgonce.leases l
   set epoch = l.epoch + 1, owner = null, leased_until = null, tried_offset = null, careful_until = 0, was_member = false
   where l.consumer_id = reader.consumer_id and l.partition = counters.partition;
@@ -59,6 +109,7 @@ create or replace function pgonce.restore_table(
   checkpoint_id bigint, relation regclass, condition text, key text)
 returns void
 language plpgsql volatile
+set enable_nestloop = off
 set row_security = off
 set datestyle = 'ISO, YMD'
 set intervalstyle = 'postgres'
@@ -67,11 +118,15 @@ set extra_float_digits = 3
 set bytea_output = 'hex'
 set lc_monetary = 'C'
 set array_nulls = on
+set xmloption = content
 as $$
 declare
   columns text;
+  of_row text;
 begin
-  select string_agg(format('%I', a.attname), ', ' order by a.attnum) into columns
+  select string_agg(format('%I', a.attname), ', ' order by a.attnum),
+         string_agg(format('(s.v).%I', a.attname), ', ' order by a.attnum)
+  into columns, of_row
   from pg_attribute a
   where a.attrelid = relation and a.attnum > 0 and not a.attisdropped and a.attgenerated = '';
   execute format(
@@ -79,7 +134,7 @@ begin
       delete from %1$s t
       where %2$s and not exists (
         select from pgonce.checkpoint_rows r
-        where r.checkpoint_id = $1 and r.relation = %3$L::regclass and r.key = row(%4$s)::text and r."row" = t::text)
+        where r.checkpoint_id = $1 and r.relation = %3$L::regclass and r.key = row(%4$s)::text and r."row" = (t.*)::text)
     $sql$, relation, condition, relation, key)
   using checkpoint_id;
   -- `offset 0`: the text is read once, and not for each column.
@@ -92,8 +147,7 @@ begin
         where r.checkpoint_id = $1 and r.relation = %3$L::regclass
           and not exists (select from %1$s t where %2$s and row(%4$s)::text = r.key)
         offset 0) s
-    $sql$, relation, condition, relation, key, columns,
-    (select string_agg('(s.v).' || c, ', ') from unnest(string_to_array(columns, ', ')) c))
+    $sql$, relation, condition, relation, key, columns, of_row)
   using checkpoint_id;
 end $$;
 comment on function pgonce.restore_table is 'Internal: makes the rows of a table that belong to a consumer those of a checkpoint.';
@@ -145,18 +199,26 @@ declare
   answer pgonce.restored;
 begin
   perform pgonce.require_read_committed('restore');
+  perform pgonce.lock_offsets(reader);
   perform from pgonce.checkpoints c where c.checkpoint_id = taken.checkpoint_id for key share;
   if not found then
     -- Deleted while we waited: say so.
     taken := pgonce.checkpoint_row(reader, checkpoint);
   end if;
-  perform pgonce.lock_offsets(reader);
-  perform pgonce.check_restorable(reader, taken);
+  -- Of a shared table its rows are safe by the offset locks; an inbox has none.
   for state in
-    select s.relation from pgonce.state_tables s where s.consumer_id = reader.consumer_id order by s.relation::oid
+    select s.relation from pgonce.state_of(reader) s
+    where reader.topic_id is null and s.relation <> all (array['pgonce.parked', 'pgonce.dead_letters', 'pgonce.processed_ids']::regclass[])
+      and (s.relation <> 'pgonce.word_counts'::regclass
+        or exists (select from pgonce.word_counts w where w.consumer = reader.consumer))
+    union
+    select s.relation from pgonce.state_of(reader) s where s.condition = 'true'
+    order by relation
   loop
     execute format('lock table %s in exclusive mode', state.relation);
   end loop;
+  perform pgonce.check_restorable(reader, taken);
+  set constraints all deferred;
   -- Those that were taken are processed.
   delete from pgonce.parked k where k.consumer_id = reader.consumer_id and k.taken_by is not null;
   for state in select s.* from pgonce.state_of(reader) s loop
@@ -181,7 +243,7 @@ begin
     return next answer;
   end loop;
 end $$;
-comment on function pgonce.restore is 'Makes a consumer what it was at a checkpoint, in one transaction; what it has processed since comes again. Running workers go on from there. Messages that it has sent stay. Waits for whoever is at its partitions, and for writers of its state tables. Answers where each partition goes on; nothing for an inbox. Errors: PO002, PO006 (its tables are others now), PO010 (READ COMMITTED only), PO014 (messages that it needs are gone), PO015 (no such checkpoint).';
+comment on function pgonce.restore is 'Makes a consumer what it was at a checkpoint, in one transaction; what it has processed since comes again. Running workers go on from there. Messages that it has sent stay. Waits for whoever is at its partitions, and for writers of its state tables. Answers where each partition goes on; nothing for an inbox. Errors: PO002, PO003 (in a transaction that has received; a table that cannot be put back), PO006 (its tables are others now), PO010 (READ COMMITTED only), PO014 (messages that it needs are gone), PO015 (no such checkpoint).';
 
 create or replace function pgonce.replay(
   consumer text, from_offset bigint default null, partition integer default null, reapply_effects boolean default false)

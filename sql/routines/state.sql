@@ -21,21 +21,35 @@ begin
     from pg_index i
     cross join lateral unnest(i.indkey::smallint[]) with ordinality k(attnum, nth)
     join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
-    where i.indrelid = key_columns.relation and i.indisprimary
+    where i.indrelid = key_columns.relation and i.indisprimary and k.nth <= i.indnkeyatts
     order by k.nth);
 end $$;
 comment on function pgonce.key_columns is 'Internal: the columns of a table''s primary key.';
 
+create or replace function pgonce.is_shared(relation regclass)
+returns boolean
+language plpgsql stable
+as $$
+begin
+  return exists (
+    select from pg_attribute a
+    join pg_type t on t.oid = a.atttypid
+    where a.attrelid = is_shared.relation and a.attname = (pgonce.key_columns(relation))[1]
+      and a.attname = 'consumer' and t.typcategory = 'S');
+end $$;
+comment on function pgonce.is_shared is 'Internal: whether several consumers may share a table of state, as its primary key begins with their name.';
+
 create or replace function pgonce.signature(relation regclass)
 returns text[]
 language plpgsql stable
+set quote_all_identifiers = off
 as $$
 begin
   return array(
     select format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod))
     from pg_attribute a
     where a.attrelid = signature.relation and a.attnum > 0 and not a.attisdropped
-    order by a.attnum);
+    order by a.attnum) || format('primary key %s', pgonce.key_columns(relation));
 end $$;
 comment on function pgonce.signature is 'Internal: the columns of a table and their types. The text of a row fits no others.';
 
@@ -59,16 +73,19 @@ begin
     when exists (select from pg_rewrite r where r.ev_class = relation) then 'has rules'
     when exists (
       select from pg_constraint k
-      where k.confrelid = relation and k.contype = 'f' and (k.confdeltype not in ('a', 'r'))) then
-      'is referenced by a foreign key that acts ON DELETE'
+      where k.confrelid = relation and k.contype = 'f' and (k.confdeltype <> 'a' or not k.condeferrable)) then
+      'is referenced by a foreign key that acts ON DELETE or is not deferrable'
     end
   into fault
   from pg_class c
   join pg_namespace n on n.oid = c.relnamespace
   where c.oid = relation;
+  if not found then
+    fault := 'was dropped, or is null: name the others by set_state';
+  end if;
   if fault is not null then
     raise exception using errcode = 'PO003', message = format('state table %s %s', relation, fault),
-      hint = 'A state table is an ordinary table with a primary key, without triggers, rules and row security, and no foreign key that acts ON DELETE refers to it: its rows are put back one by one.';
+      hint = 'A state table is an ordinary table with a primary key, without triggers, rules and row security; a foreign key that refers to it is DEFERRABLE and does not act ON DELETE: its rows are put back one by one.';
   end if;
 end $$;
 comment on function pgonce.check_state_table is 'Internal: raises PO003 where the rows of a table cannot be put back.';
@@ -84,8 +101,17 @@ declare
   state regclass;
 begin
   perform from pgonce.consumers c where c.consumer_id = reader.consumer_id for no key update;
+  if not found then
+    -- Dropped while we waited: say so.
+    reader := pgonce.consumer_row(consumer);
+  end if;
   foreach state in array coalesce(tables, '{}') loop
     perform pgonce.check_state_table(state);
+    if not pgonce.is_shared(state) and exists (
+      select from pgonce.state_tables s where s.relation = state and s.consumer_id <> reader.consumer_id) then
+      raise exception using errcode = 'PO003', message = format('state table %s is that of another consumer', state),
+        hint = 'Several consumers may share a table whose primary key begins with a column named consumer, of type text, which holds their names.';
+    end if;
   end loop;
   delete from pgonce.state_tables s where s.consumer_id = reader.consumer_id and s.relation <> all (coalesce(tables, '{}'));
   insert into pgonce.state_tables (consumer_id, relation)
@@ -93,7 +119,7 @@ begin
   on conflict do nothing;
   return query select s.* from pgonce.state_tables s where s.consumer_id = reader.consumer_id order by s.relation;
 end $$;
-comment on function pgonce.set_state is 'Says which tables hold the effects of a consumer: its checkpoints save their rows, and a restore writes them, both with the rights of the owner of this schema; so grant it to nobody else, and name no table that somebody may alter whom you do not trust. Only this consumer may write them. Of a table whose primary key begins with a column named consumer, its rows are those that bear its name, and several may share it. The rows of word_counts are always state. Tables that were named before and are not now are state no more. Errors: PO002, PO003 (a table that cannot be put back: no primary key, triggers, rules, row security, inheritance, or a foreign key that acts ON DELETE).';
+comment on function pgonce.set_state is 'Says which tables hold the effects of a consumer: its checkpoints save their rows, and a restore writes them, both with the rights of the owner of this schema; so grant it to nobody else, and name no table that somebody may alter whom you do not trust. Only this consumer may write them. Of a table whose primary key begins with a column named consumer, its rows are those that bear its name, and several may share it. The rows of word_counts are always state. Tables that were named before and are not now are state no more. Errors: PO002, PO003 (a table that cannot be put back: no primary key, triggers, rules, row security, inheritance, or a foreign key to it that acts ON DELETE or is not deferrable; or a table of another consumer).';
 
 create or replace function pgonce.state_of(reader pgonce.consumers)
 returns table (relation regclass, condition text, key text)
@@ -102,7 +128,7 @@ as $$
 begin
   return query
     select s.relation,
-           case when k.columns[1] = 'consumer' then format('t.consumer = %L', reader.consumer) else 'true' end,
+           case when pgonce.is_shared(s.relation) then format('t.consumer::text collate "C" = %L', reader.consumer) else 'true' end,
            (select string_agg(format('t.%I', c.name), ', ' order by c.nth) from unnest(k.columns) with ordinality c(name, nth))
     from (
       select t.relation from pgonce.state_tables t where t.consumer_id = reader.consumer_id

@@ -129,7 +129,7 @@ struct Shown {
 
 #[derive(Debug, Serialize)]
 struct Place {
-    partition: i32,
+    partition: String,
     next_offset: i64,
     messages: i64,
     gone: i64,
@@ -251,21 +251,22 @@ impl Named {
     }
 
     async fn show(self, installed: &Installed) -> anyhow::Result<Shown> {
-        let tables = self.rows(installed, include_str!("../../sql/statements/checkpoint_tables.sql")).await?;
-        if tables.is_empty() {
+        let rows = self.rows(installed, include_str!("../../sql/statements/checkpoint_contents.sql")).await?;
+        if rows.is_empty() {
             bail!(
                 "checkpoint {} of consumer {} does not exist; pgonce checkpoint list shows which there are",
                 self.checkpoint,
                 self.consumer
             );
         }
-        let offsets = self.rows(installed, include_str!("../../sql/statements/checkpoint_offsets.sql")).await?;
-        Ok(Shown {
-            partitions: offsets.iter().map(Place::from_row).collect::<Result<_, _>>()?,
-            tables: tables.iter().map(Held::from_row).collect::<Result<_, _>>()?,
-            consumer: self.consumer,
-            checkpoint: self.checkpoint,
-        })
+        let (mut partitions, mut tables) = (Vec::new(), Vec::new());
+        for row in &rows {
+            match row.try_get("part")? {
+                "partition" => partitions.push(Place::from_row(row)?),
+                _ => tables.push(Held::from_row(row)?),
+            }
+        }
+        Ok(Shown { partitions, tables, consumer: self.consumer, checkpoint: self.checkpoint })
     }
 }
 
@@ -307,7 +308,7 @@ impl Listed {
 impl Place {
     fn from_row(row: &Row) -> Result<Self, Error> {
         Ok(Self {
-            partition: row.try_get("partition")?,
+            partition: row.try_get("name")?,
             next_offset: row.try_get("next_offset")?,
             messages: row.try_get("messages")?,
             gone: row.try_get("gone")?,
@@ -340,9 +341,8 @@ impl Shown {
         say!("checkpoint {} of consumer {}", self.checkpoint, self.consumer)?;
         if !self.partitions.is_empty() {
             let rows = self.partitions.iter().map(|offset| {
-                [i64::from(offset.partition), offset.next_offset, offset.messages, offset.gone]
-                    .map(|n| n.to_string())
-                    .to_vec()
+                let numbers = [offset.next_offset, offset.messages, offset.gone].map(|number| number.to_string());
+                [&[offset.partition.clone()][..], &numbers].concat()
             });
             say!("{}", table(&["PARTITION", "NEXT OFFSET", "MESSAGES SINCE", "GONE"], rows))?;
         }
@@ -360,7 +360,7 @@ fn print_list(listed: &[Listed]) -> std::io::Result<()> {
             listed.taken_by.clone(),
             listed.saved.rows.to_string(),
             listed.messages.to_string(),
-            if listed.gone == 0 { String::new() } else { format!("no: {} are gone", listed.gone) },
+            if listed.gone == 0 { "yes".to_owned() } else { format!("no: {} are gone", listed.gone) },
         ]
     });
     let head = ["CONSUMER", "CHECKPOINT", "TAKEN AT", "BY", "ROWS", "MESSAGES SINCE", "CAN BE RESTORED"];

@@ -11,7 +11,7 @@ use tokio_postgres::Client;
 use crate::fixture::TestDatabase;
 use crate::probe::{create, eventually, number, numbered, sqlstate, texts};
 use crate::process::Random;
-use crate::programs::{Running, outcome, pgonce};
+use crate::programs::{Running, pgonce};
 use crate::worker::TOPIC;
 
 /// A table of effects with types whose texts depend on settings, or that no program can write.
@@ -28,7 +28,7 @@ const LEDGER: &str = "
       tags text[] not null default '[2:3]={a,\"NULL\"}',
       raw json not null default '{\"b\" : 1,  \"a\":null}')";
 /// Counts the messages of each key in it.
-const STEP: &str = "
+pub(crate) const STEP: &str = "
     with received as materialized (select * from pgonce.receive('c', 10)),
     counted as (
       insert into ledger (account, amount) select key, count(*) from received group by key
@@ -42,7 +42,7 @@ const STATE: &str = "
     union all select format('%s %s %s', state, message_id, attempts) from pgonce.dead_letters
     order by 1";
 
-async fn world(messages: usize) -> (TestDatabase, Client) {
+pub(crate) async fn world(messages: usize) -> (TestDatabase, Client) {
     let database = TestDatabase::new().await;
     let client = database.connect().await;
     create(&client, TOPIC, 2, "another").await;
@@ -56,12 +56,12 @@ async fn world(messages: usize) -> (TestDatabase, Client) {
     (database, client)
 }
 
-async fn publish(client: &Client, messages: &[Message]) {
+pub(crate) async fn publish(client: &Client, messages: &[Message]) {
     Producer::new(TOPIC).send_all(client, messages).await.expect("sent");
     client.batch_execute("select pgonce.relay()").await.expect("relayed");
 }
 
-async fn drain(client: &Client) {
+pub(crate) async fn drain(client: &Client) {
     while number(client, STEP).await > 0 {}
 }
 
@@ -231,6 +231,7 @@ async fn an_inbox_is_restored_with_what_it_has_processed() {
     let (_database, client) = world(0).await;
     let prepare = "
         select pgonce.create_consumer('inbox');
+        select pgonce.set_state('c', '{}');
         select pgonce.set_state('inbox', '{ledger}');
         select pgonce.process_once('inbox', 'one');
         insert into ledger (account, amount) values ('one', 1);
@@ -264,7 +265,7 @@ async fn who_held_a_lease_before_a_restore_is_fenced() {
 }
 
 #[tokio::test]
-async fn a_handler_that_messages_were_handed_over_to_before_a_restore_is_told() {
+async fn while_a_handler_is_at_what_was_recorded_first_nothing_is_restored() {
     let (database, client) = world(10).await;
     client.batch_execute("select pgonce.checkpoint('c', 'then')").await.expect("saved");
     let handler = database.connect().await;
@@ -274,9 +275,11 @@ async fn a_handler_that_messages_were_handed_over_to_before_a_restore_is_told() 
         "begin; select pgonce.receive('c', 10, partition => 0); select pgonce.hand_over('c', 0, '{{1}}', '{xid}'::xid8); commit"
     );
     client.batch_execute(&hand_over).await.expect("handed over");
-    client.batch_execute("select pgonce.restore('c', 'then')").await.expect("restored");
-    assert_eq!(texts(&handler, "select pgonce.finish_handover('c', 0)::text").await, ["false"]);
+    let restore = "select pgonce.restore('c', 'then')";
+    assert_eq!(sqlstate(&client, restore).await, "55P03", "it is not taken from a handler that lives");
     handler.batch_execute("rollback").await.expect("rolled back");
+    client.batch_execute(restore).await.expect("restored");
+    assert_eq!(number(&client, "select count(*) from pgonce.dead_letters").await, 0);
     drain(&client).await;
     assert_eq!(number(&client, "select sum(amount)::bigint from ledger").await, 10);
 }
@@ -423,78 +426,4 @@ async fn restored_at_any_moment_two_hops_end_where_an_uninterrupted_run_does() {
     let words = "select count(*) from pgonce.queue join pgonce.topics using (topic_id) where topic = 'words'";
     assert_eq!(number(&client, words).await, total, "seed {seed}: emitted twice, or not at all");
     println!("{restores} restores, {sent} documents, {total} words, {poison} dead");
-}
-
-/// Runs the program to its end; whether it did well, and what it printed.
-fn said(database: &TestDatabase, arguments: &[&str]) -> (Option<i32>, String) {
-    let output = outcome(&[arguments, &["--database-url", &database.url]].concat());
-    let text = if output.status.success() { output.stdout } else { output.stderr };
-    (output.status.code(), String::from_utf8(text).expect("text"))
-}
-
-#[tokio::test]
-async fn the_commands_save_compare_restore_and_replay() {
-    let (database, client) = world(30).await;
-    number(&client, STEP).await;
-    let well = |arguments: &[&str]| {
-        let (code, text) = said(&database, arguments);
-        assert_eq!(code, Some(0), "{arguments:?}: {text}");
-        text
-    };
-    let rows = number(&client, "select count(*) from ledger").await;
-    let saved = well(&["checkpoint", "save", "c", "one", "--state", "ledger"]);
-    assert_eq!(saved, format!("saved checkpoint one of consumer c: {rows} rows\n"));
-    drain(&client).await;
-    let list = well(&["checkpoint", "list", "c"]);
-    assert!(list.contains("one") && list.contains("20"), "{list}");
-    let shown = well(&["checkpoint", "show", "c", "one"]);
-    assert!(shown.contains("NEXT OFFSET") && shown.contains("ledger"), "{shown}");
-    let changes = well(&["checkpoint", "diff", "c", "one", "--json"]);
-    let changes: serde_json::Value = serde_json::from_str(&changes).expect("JSON");
-    let messages: i64 =
-        changes.as_array().expect("a list").iter().filter_map(|change| change["messages"].as_i64()).sum();
-    assert_eq!(messages, 20);
-    for (arguments, code, reason) in [
-        (&["checkpoint", "save", "c", "one"][..], 1, "exists"),
-        (&["checkpoint", "show", "c", "two"], 1, "pgonce checkpoint list"),
-        (&["checkpoint", "restore", "c", "two", "--yes"], 1, "does not exist"),
-        (&["checkpoint", "restore", "c", "one"], 2, "--yes"),
-        (&["checkpoint", "delete", "c", "one"], 2, "--yes"),
-        (&["replay", "c", "--from", "soon"], 2, "earliest"),
-        (&["replay", "c", "--from", "earliest", "--reapply-effects"], 2, "--yes"),
-    ] {
-        let (got, text) = said(&database, arguments);
-        assert!(got == Some(code) && text.contains(reason), "{arguments:?}: {got:?} {text}");
-    }
-    let restored = well(&["checkpoint", "restore", "c", "one", "--yes"]);
-    assert!(restored.ends_with("restored consumer c to checkpoint one\n"), "{restored}");
-    assert_eq!(number(&client, "select sum(lag)::bigint from pgonce.consumer_lag where consumer = 'c'").await, 20);
-    drain(&client).await;
-    assert!(well(&["replay", "c", "--from", "earliest"]).contains("nothing was done"));
-    let again = well(&["replay", "c", "--from", "earliest", "--reapply-effects", "--yes"]);
-    assert!(again.ends_with("30 messages of consumer c come again\n"), "{again}");
-    assert_eq!(well(&["checkpoint", "delete", "c", "one", "--yes"]), "deleted checkpoint one of consumer c\n");
-    assert_eq!(number(&client, "select count(*) from pgonce.checkpoint_rows").await, 0);
-}
-
-#[tokio::test]
-async fn a_daemon_takes_checkpoints_by_itself_and_keeps_some() {
-    let (database, client) = world(5).await;
-    let directory = tempfile::tempdir().expect("a directory");
-    let config = directory.path().join("pgonce.toml");
-    let stages = toml::toml! {
-        topic = [{ name = "t", partitions = 2 }]
-        consumer = [{ name = "c", topic = "t", kind = "sql", state = ["ledger"], checkpoint_every_ms = 1000,
-                      checkpoints_kept = 1, statements = "select count(*) from received" }]
-    };
-    std::fs::write(&config, stages.to_string()).expect("written");
-    client.batch_execute("select pgonce.set_state('c', '{}')").await.expect("set");
-    let arguments = ["run", "--database-url", &database.url, "--config", config.to_str().expect("text")];
-    let daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::null()));
-    let newest = "select coalesce(max(checkpoint_id), 0) from pgonce.checkpoints where is_scheduled";
-    eventually("it has taken a second one", async || (number(&client, newest).await >= 2).then_some(())).await;
-    daemon.finish();
-    assert_eq!(number(&client, "select count(*) from pgonce.checkpoints").await, 1);
-    let tables = "select count(*) from pgonce.checkpoint_tables where relation = 'ledger'::regclass";
-    assert_eq!(number(&client, tables).await, 1);
 }

@@ -37,6 +37,7 @@ mod rates;
 mod receive;
 mod references;
 mod relay;
+mod restore;
 mod retries;
 mod roles;
 mod schema;

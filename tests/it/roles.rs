@@ -68,6 +68,7 @@ const OPERATOR: &[&str] = &[
 ];
 const READER_READS: &[&str] = &[
     "blocked_keys",
+    "checkpoint_contents",
     "checkpoint_list",
     "consumer_lag",
     "consumer_leases",
