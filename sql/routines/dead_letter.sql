@@ -5,17 +5,25 @@
 -- Indexes: the primary key of dead_letters.
 
 create or replace function pgonce.lock_dead_letters(dead_letter_ids bigint[])
-returns void
+returns bigint[]
 language plpgsql volatile
 as $$
+#variable_conflict use_column
+declare
+  places constant pgonce.consumer_partitions[] := array(
+    select p from pgonce.consumer_partitions p
+    where (p.consumer_id, p.partition) in (
+      select d.consumer_id, d.partition from pgonce.dead_letters d where d.dead_letter_id = any (dead_letter_ids))
+    order by p.consumer_id, p.partition
+    for no key update);
 begin
-  perform from pgonce.consumer_partitions p
-  where (p.consumer_id, p.partition) in (
-    select d.consumer_id, d.partition from pgonce.dead_letters d where d.dead_letter_id = any (dead_letter_ids))
-  order by p.consumer_id, p.partition
-  for no key update;
+  -- Looked at again under the locks: a restore may have brought some back, of partitions that are not locked.
+  return array(
+    select d.dead_letter_id from pgonce.dead_letters d
+    join unnest(places) l on l.consumer_id = d.consumer_id and l.partition = d.partition
+    where d.dead_letter_id = any (dead_letter_ids));
 end $$;
-comment on function pgonce.lock_dead_letters is 'Internal: takes the offset locks of the partitions of dead letters.';
+comment on function pgonce.lock_dead_letters is 'Internal: takes the offset locks of the partitions of dead letters; answers those that may be settled under them.';
 
 create or replace function pgonce.replay_dead_letters(dead_letter_ids bigint[])
 returns setof pgonce.settled
@@ -25,15 +33,16 @@ as $$
 #variable_conflict use_column
 declare
   target record;
+  locked bigint[];
   settled bigint[] := '{}';
 begin
   perform pgonce.require_read_committed('replay_dead_letters');
-  perform pgonce.lock_dead_letters(dead_letter_ids);
+  locked := pgonce.lock_dead_letters(dead_letter_ids);
   for target in
     with replayed as (
       update pgonce.dead_letters d
       set state = 'replayed', settled_at = clock_timestamp(), settled_by = session_user
-      where d.dead_letter_id = any (dead_letter_ids) and d.state = 'dead'
+      where d.dead_letter_id = any (locked) and d.state = 'dead'
       returning d.*
     ),
     parked as (
@@ -66,14 +75,16 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  locked bigint[];
 begin
   perform pgonce.require_read_committed('discard_dead_letters');
-  perform pgonce.lock_dead_letters(dead_letter_ids);
+  locked := pgonce.lock_dead_letters(dead_letter_ids);
   return query
     with discarded as (
       update pgonce.dead_letters d
       set state = 'discarded', settled_at = clock_timestamp(), settled_by = session_user
-      where d.dead_letter_id = any (dead_letter_ids) and d.state = 'dead'
+      where d.dead_letter_id = any (locked) and d.state = 'dead'
       returning d.dead_letter_id
     )
     select i, exists (select from discarded d where d.dead_letter_id = i) from unnest(dead_letter_ids) i;

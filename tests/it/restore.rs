@@ -127,6 +127,33 @@ async fn an_old_snapshot_receives_nothing_after_a_restore_and_records_come_back_
     assert_eq!(sqlstate(&old, "select pgonce.receive('c', 5, 0)").await, "40001");
 }
 
+#[tokio::test]
+async fn a_dead_letter_that_a_restore_brings_back_is_settled_under_its_lock_only() {
+    let (database, client) = world(20).await;
+    let fail = "select pgonce.fail('c', p, 1, 'bad', permanent => true) from generate_series(0, 1) p";
+    client.batch_execute(fail).await.expect("given up");
+    drain(&client).await;
+    client.batch_execute("select pgonce.checkpoint('c', 'one')").await.expect("saved");
+    let forget = "select pgonce.replay('c', partition => 0, reapply_effects => true)";
+    client.batch_execute(forget).await.expect("forgotten");
+    let settle =
+        "select string_agg(was_settled::text, ' ' order by dead_letter_id) from pgonce.replay_dead_letters('{1,2}')";
+    client.batch_execute("begin; select pgonce.restore('c', 'one')").await.expect("restored");
+    let operator = database.connect().await;
+    let looking = database.connect().await;
+    let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%replay_dead%' and datname = current_database()";
+    let ends = async {
+        eventually("the operator waits", async || (number(&looking, waiting).await > 0).then_some(())).await;
+        client.batch_execute("commit").await.expect("committed");
+    };
+    let (settled, ()) = tokio::join!(texts(&operator, settle), ends);
+    assert_eq!(settled, ["false true"]);
+    drain(&client).await;
+    assert_eq!(texts(&operator, settle).await, ["true false"]);
+    drain(&client).await;
+    assert_eq!(number(&client, "select sum(amount)::bigint from ledger").await, 20);
+}
+
 /// Runs the program to its end; whether it did well, and what it printed.
 fn said(database: &TestDatabase, arguments: &[&str]) -> (Option<i32>, String) {
     let output = outcome(&[arguments, &["--database-url", &database.url]].concat());
