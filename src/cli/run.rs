@@ -12,7 +12,7 @@ use super::connection::Connection;
 use super::text::say;
 use super::{Outcome, Usage, consumer, topic};
 use crate::embedded::{Options, PrivateServer};
-use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, migrate};
+use crate::{Database, Error, Schema, Session, Shutdown, TopicSettings, Worker, check_version, migrate};
 
 /// How long batches may take to finish after the first signal, where nothing else is said.
 const GRACEFUL_STOP_SECONDS: u64 = 30;
@@ -252,20 +252,26 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
             tracing::info!("created consumer {}", consumer.name);
         }
         if let Some(state) = &consumer.state {
-            let parameters: [(&(dyn ToSql + Sync), Type); 2] =
-                [(&consumer.name, Type::TEXT), (state, Type::TEXT_ARRAY)];
-            let is_so = schema.sql(include_str!("../../sql/statements/state_is.sql"));
-            let is_so: bool = session.query_typed_one(&is_so, &parameters).await?.try_get("is_so")?;
-            if !is_so {
-                let set = schema.sql(include_str!("../../sql/statements/set_state.sql"));
-                session.query_typed(&set, &parameters).await?;
-                tracing::info!("consumer {} has other state tables now", consumer.name);
+            let what = || format!("state of consumer {}", consumer.name);
+            if set_state(&session, schema, &consumer.name, state).await.with_context(what)? {
+                tracing::info!("consumer {} has the state {}", consumer.name, state.join(", "));
             }
         }
     }
     // Not given back: the stages have pools of their own, and nobody would use the connection again.
     drop(session);
     Ok(())
+}
+
+/// Names the tables that hold a consumer's effects, where they are others; answers whether they were.
+async fn set_state(session: &Session, schema: &Schema, consumer: &str, state: &[String]) -> Result<bool, Error> {
+    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&consumer, Type::TEXT), (&state, Type::TEXT_ARRAY)];
+    let is_so = schema.sql(include_str!("../../sql/statements/state_is.sql"));
+    let is_so: bool = session.query_typed_one(&is_so, &parameters).await?.try_get("is_so")?;
+    if !is_so {
+        session.query_typed(&schema.sql(include_str!("../../sql/statements/set_state.sql")), &parameters).await?;
+    }
+    Ok(!is_so)
 }
 
 fn parse_pair(text: &str) -> Result<(String, String), String> {
