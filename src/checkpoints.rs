@@ -55,7 +55,7 @@ impl Checkpoints {
                 tokio::time::sleep(pause).await;
             }
         };
-        // One that is under way is dropped, and rolled back.
+        // One that is under way is not waited for: the server finishes it, or rolls it back.
         tokio::select! {
             () = shutdown.stopping() => {}
             () = look => {}

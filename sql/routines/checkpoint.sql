@@ -4,7 +4,9 @@
 -- it has moved the offset are in it together, or both are not. Nothing is locked that a consumer needs. Of an at_most_once
 -- consumer, what is with a handler in that moment counts as applied, as it does when its process dies.
 --
--- Locks: the floors of the topic FOR SHARE, so that what the checkpoint needs is not deleted meanwhile.
+-- Locks, in this order: the consumer's row FOR KEY SHARE (checkpoint_if_due: FOR NO KEY UPDATE SKIP LOCKED, for which a pause of
+-- the consumer waits); the floors of the topic FOR SHARE, so that what the checkpoint needs is not deleted meanwhile; the
+-- tables of state, ACCESS SHARE, so that their columns stay as they are.
 -- Indexes: the primary keys of progress and of the tables that hold the state; parked, dead_letters and processed_ids by
 -- their consumer.
 
@@ -26,6 +28,19 @@ begin
 end $$;
 comment on function pgonce.checkpoint_row is 'Internal: the checkpoint of that name, or PO015.';
 
+create or replace function pgonce.is_moved_here(reader pgonce.consumers)
+returns boolean
+language plpgsql volatile
+as $$
+begin
+  return exists (
+    select from pgonce.consumer_partitions p
+    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
+    where p.consumer_id = reader.consumer_id and newest.generation > 0
+      and newest.writer = pg_current_xact_id_if_assigned());
+end $$;
+comment on function pgonce.is_moved_here is 'Internal: whether this transaction has received for a consumer, or set it back.';
+
 create or replace function pgonce.take_checkpoint(reader pgonce.consumers, checkpoint text, is_scheduled boolean)
 returns pgonce.checkpointed
 language plpgsql volatile
@@ -41,9 +56,6 @@ set xmloption = content
 as $$
 #variable_conflict use_column
 declare
-  -- Now and then it rests for about as long as it has worked: whoever consumes meanwhile needs the machine as well.
-  one_in constant float8 := 1.0 / 5000;
-  rests constant float8 := 0.013;
   taken pgonce.checkpoints;
   state record;
   rows_of text[] := '{}';
@@ -54,11 +66,7 @@ begin
       message = format('checkpoint name of %s bytes', coalesce(octet_length(checkpoint)::text, 'null')),
       hint = 'A checkpoint has a name of 1 to 255 bytes.';
   end if;
-  if exists (
-    select from pgonce.consumer_partitions p
-    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
-    where p.consumer_id = reader.consumer_id and newest.generation > 0
-      and newest.writer = pg_current_xact_id_if_assigned()) then
+  if pgonce.is_moved_here(reader) then
     raise exception using errcode = 'PO003', message = format('a checkpoint of consumer %L in a transaction of its own', reader.consumer),
       hint = 'This transaction has received, and its effect may not be there yet. COMMIT first.';
   end if;
@@ -87,7 +95,7 @@ begin
     rows_of := rows_of || format(
       $sql$
         select $1, %L::regclass, row(%s)::text, (t.*)::text from %s t
-        where %s and (random() > $3 or pg_sleep($4)::text = '')
+        where %s
       $sql$,
       state.relation, state.key, state.relation, state.condition);
   end loop;
@@ -103,7 +111,7 @@ begin
       %s
     $sql$,
     array_to_string(rows_of, ' union all '))
-  using taken.checkpoint_id, reader.consumer_id, one_in, rests;
+  using taken.checkpoint_id, reader.consumer_id;
   get diagnostics saved = row_count;
   update pgonce.checkpoints c set row_count = saved where c.checkpoint_id = taken.checkpoint_id;
   return (taken.checkpoint, taken.taken_at, saved);

@@ -26,11 +26,7 @@ begin
   end if;
   perform from pgonce.queue_floors f where f.topic_id = reader.topic_id order by f.partition for share;
   perform from pgonce.consumer_partitions p where p.consumer_id = reader.consumer_id order by p.partition for no key update;
-  if exists (
-    select from pgonce.consumer_partitions p
-    cross join lateral pgonce.newest_progress(p.consumer_id, p.partition) newest
-    where p.consumer_id = reader.consumer_id and newest.generation > 0
-      and newest.writer = pg_current_xact_id_if_assigned()) then
+  if pgonce.is_moved_here(reader) then
     raise exception using errcode = 'PO003', message = format('consumer %L is set back by a transaction of its own', reader.consumer),
       hint = 'This transaction has received, or set it back before: what it applies now would be applied once more. COMMIT first.';
   end if;
