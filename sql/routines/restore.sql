@@ -6,10 +6,12 @@
 --
 -- Nobody who was at work before can write afterwards: the offset locks of all partitions wait for those who are (each batch
 -- commits or rolls back), the generation of progress rises, so that a statement which began before receives nothing, and of an
--- external consumer the epoch of each partition. While a handler is at messages that were recorded first (at_most_once), it is refused. Tables of state are locked against writers, which also keeps away whoever uses an inbox.
+-- external consumer the epoch of each partition. While a handler is at messages that were recorded first (at_most_once), it is
+-- refused. Tables of state are locked against writers, which also keeps away whoever uses an inbox.
 --
 -- Locks, in this order: the consumer's row; the floors of the topic FOR SHARE; the offset locks of the consumer, ascending; the
--- checkpoint's row FOR KEY SHARE; EXCLUSIVE, by oid, the tables of state that are not shared, and of an inbox all. READ COMMITTED only: it must see what they waited for.
+-- checkpoint's row FOR KEY SHARE; EXCLUSIVE, by oid, the tables of state that are not shared, and of an inbox all.
+-- READ COMMITTED only: it must see what they waited for.
 
 create or replace function pgonce.lock_offsets(reader pgonce.consumers)
 returns void
@@ -63,15 +65,16 @@ begin
   -- Neither what is parked nor what became a dead letter was applied.
   delete from pgonce.processed_ids p
   where p.ctid = any (array(
-    select known.ctid from (
-    select q.message_id, q."offset" from pgonce.queue q
-    where q.topic_id = reader.topic_id and q.partition = counters.partition and q."offset" >= counters.next_offset
-    union
-    select k.message_id, k."offset" from pgonce.parked k
-    where k.consumer_id = reader.consumer_id and k.partition = counters.partition
-    union
-    select d.message_id, d."offset" from pgonce.dead_letters d
-    where d.consumer_id = reader.consumer_id and d.partition = counters.partition and d.state = 'dead') again
+    select known.ctid
+    from (
+      select q.message_id, q."offset" from pgonce.queue q
+      where q.topic_id = reader.topic_id and q.partition = counters.partition and q."offset" >= counters.next_offset
+      union
+      select k.message_id, k."offset" from pgonce.parked k
+      where k.consumer_id = reader.consumer_id and k.partition = counters.partition
+      union
+      select d.message_id, d."offset" from pgonce.dead_letters d
+      where d.consumer_id = reader.consumer_id and d.partition = counters.partition and d.state = 'dead') again
     -- One look-up an id, whatever the statistics say.
     cross join lateral (
       select r.ctid, r.partition, r."offset" from pgonce.processed_ids r
@@ -239,7 +242,7 @@ begin
     return next answer;
   end loop;
 end $$;
-comment on function pgonce.restore is 'Makes a consumer what it was at a checkpoint, in one transaction; what it has processed since comes again. Running workers go on from there. Messages that it has sent stay. Waits for whoever is at its partitions, and for writers of its state tables. Answers where each partition goes on; nothing for an inbox. Errors: PO002, PO003 (in a transaction that has received; a table that cannot be put back), PO006 (its tables are others now), PO010 (READ COMMITTED only), PO014 (messages that it needs are gone), PO015 (no such checkpoint).';
+comment on function pgonce.restore is 'Makes a consumer what it was at a checkpoint, in one transaction; what it has processed since comes again. Running workers go on from there. Messages that it has sent stay. Waits for whoever is at its partitions, and for writers of its state tables. Answers where each partition goes on; nothing for an inbox. Errors: PO002, PO003 (in a transaction that has received; a table that cannot be put back), PO006 (its tables are others now), PO010 (READ COMMITTED only), PO014 (messages that it needs are gone), PO015 (no such checkpoint), 55P03 (a handler is at messages that were recorded first).';
 
 create or replace function pgonce.replay(
   consumer text, from_offset bigint default null, partition integer default null, reapply_effects boolean default false)
@@ -294,4 +297,4 @@ begin
       hint = 'See which partitions it has: select * from pgonce.consumer_offsets.';
   end if;
 end $$;
-comment on function pgonce.replay is 'Gives a consumer messages again that it has processed, from an offset on (null: the earliest that is kept), of one partition or all, so that their effects happen once more: what became of them is forgotten, parked messages and dead letters included. Only with reapply_effects; without it answers what it would do. Waits for whoever is at its partitions. Errors: PO002, PO003, PO007 (an inbox), PO010 (READ COMMITTED only), PO014 (these messages are gone).';
+comment on function pgonce.replay is 'Gives a consumer messages again that it has processed, from an offset on (null: the earliest that is kept), of one partition or all, so that their effects happen once more: what became of them is forgotten, parked messages and dead letters included. Only with reapply_effects; without it answers what it would do. Waits for whoever is at its partitions. Errors: PO002, PO003 (also in a transaction that has received), PO007 (an inbox), PO010 (READ COMMITTED only), PO014 (these messages are gone), 55P03 (a handler is at messages that were recorded first).';
