@@ -1,5 +1,6 @@
-//! How much of its rate a consumer keeps while a checkpoint of a million rows of state is taken: periods with and without
-//! one, in turn, in one run. And how long it takes to save, compare and restore them.
+//! How much of its rate a consumer keeps while a checkpoint of a million rows of state is taken: periods without
+//! any before and after several, in one run. And how long it takes to save, compare and restore them.
+//! Between two checkpoints the consumer makes up for what it could not clear away while one was taken.
 //!
 //! Times vary from machine to machine and from minute to minute; only the ratios mean something.
 
@@ -13,13 +14,14 @@ use pgonce::{
 use tokio_postgres::Client;
 
 const STATE_ROWS: i64 = 1_000_000;
-const MESSAGES: i64 = 2_000_000;
+const MESSAGES: i64 = 3_000_000;
 /// Messages that are enqueued in a transaction.
 const CHUNK: i64 = 10_000;
-/// Periods with a checkpoint.
-const CHECKPOINTS: usize = 4;
-/// A period without one.
-const PERIOD: Duration = Duration::from_secs(4);
+const CHECKPOINTS: u32 = 8;
+/// How long the consumer runs without checkpoints, each time.
+const PERIOD: Duration = Duration::from_secs(8);
+/// From one checkpoint to the next.
+const PAUSE: Duration = Duration::from_secs(1);
 const STATE: &str = "
     insert into pgonce.word_counts (consumer, word, count)
     select 'counter', 'word ' || n, 1 from generate_series(1, $1::bigint) n";
@@ -51,7 +53,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     session.batch_execute("vacuum analyze").await?;
 
-    println!("{STATE_ROWS} rows of state, a word count of {MESSAGES} messages, with and without a checkpoint, in turn");
+    println!("{STATE_ROWS} rows of state, a word count of {MESSAGES} messages, with and without checkpoints");
     let applied = AtomicU64::new(0);
     let consumer = Consumer::word_count("counter");
     let consume = async {
@@ -75,23 +77,43 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Periods without and with a checkpoint, in turn.
-async fn measure(client: &Client, applied: &AtomicU64) -> Result<(), tokio_postgres::Error> {
-    let (mut clean, mut saving) = ((0, 0.0), (0, 0.0));
-    for nth in 0..CHECKPOINTS {
+/// What was applied in some time.
+#[derive(Default)]
+struct Applied {
+    messages: u64,
+    seconds: f64,
+}
+
+impl Applied {
+    /// Adds what is applied while something goes on.
+    async fn during<T>(&mut self, applied: &AtomicU64, work: impl Future<Output = T>) -> T {
         let (before, started) = (applied.load(Ordering::Relaxed), Instant::now());
-        tokio::time::sleep(PERIOD).await;
-        clean.0 += applied.load(Ordering::Relaxed) - before;
-        clean.1 += started.elapsed().as_secs_f64();
-        let before = applied.load(Ordering::Relaxed);
-        let seconds = timed(client, &format!("select pgonce.checkpoint('counter', '{nth}')")).await?;
-        saving.0 += applied.load(Ordering::Relaxed) - before;
-        saving.1 += seconds;
-        println!("save    {seconds:6.2} s");
+        let result = work.await;
+        self.messages += applied.load(Ordering::Relaxed) - before;
+        self.seconds += started.elapsed().as_secs_f64();
+        result
     }
-    let rate = |(messages, seconds): (u64, f64)| f64::from(u32::try_from(messages).unwrap_or(u32::MAX)) / seconds;
-    println!("clean   {:6.0} messages a second", rate(clean));
-    println!("saving  {:6.0} messages a second, {:.2} of the rate", rate(saving), rate(saving) / rate(clean));
+
+    fn rate(&self) -> f64 {
+        f64::from(u32::try_from(self.messages).unwrap_or(u32::MAX)) / self.seconds
+    }
+}
+
+/// A period without checkpoints, one with many, and another one without.
+async fn measure(client: &Client, applied: &AtomicU64) -> Result<(), tokio_postgres::Error> {
+    let (mut clean, mut saving, mut between) = (Applied::default(), Applied::default(), Applied::default());
+    tokio::time::sleep(PERIOD).await;
+    clean.during(applied, tokio::time::sleep(PERIOD)).await;
+    for nth in 0..CHECKPOINTS {
+        let save = format!("select pgonce.checkpoint('counter', '{nth}')");
+        saving.during(applied, client.batch_execute(&save)).await?;
+        between.during(applied, tokio::time::sleep(PAUSE)).await;
+    }
+    clean.during(applied, tokio::time::sleep(PERIOD)).await;
+    println!("save    {:6.2} s", saving.seconds / f64::from(CHECKPOINTS));
+    println!("clean   {:6.0} messages a second", clean.rate());
+    println!("saving  {:6.0} messages a second, {:.2} of the rate", saving.rate(), saving.rate() / clean.rate());
+    println!("between {:6.0} messages a second, {:.2} of the rate", between.rate(), between.rate() / clean.rate());
     Ok(())
 }
 

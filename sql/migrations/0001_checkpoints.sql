@@ -33,7 +33,7 @@ create table pgonce.checkpoints (
 comment on table pgonce.checkpoints is 'Snapshots of consumers: each is of one moment, between two of the consumer''s transactions in every partition.';
 comment on column pgonce.checkpoints.checkpoint_id is 'Names it in the other tables.';
 comment on column pgonce.checkpoints.taken_at is 'When it was taken.';
-comment on column pgonce.checkpoints.row_count is 'Rows that it holds in checkpoint_rows.';
+comment on column pgonce.checkpoints.row_count is 'Rows that it holds.';
 comment on column pgonce.checkpoints.consumer_id is 'The consumer.';
 comment on column pgonce.checkpoints.is_scheduled is 'Whether a worker has taken it by itself: of these only some are kept.';
 comment on column pgonce.checkpoints.checkpoint is 'Its name, 1 to 255 bytes.';
@@ -69,15 +69,13 @@ comment on column pgonce.checkpoint_tables.checkpoint_id is 'The checkpoint.';
 comment on column pgonce.checkpoint_tables.relation is 'The table.';
 comment on column pgonce.checkpoint_tables.columns is 'Its columns and their types then: the text of a row fits no others.';
 
-create table pgonce.checkpoint_rows (
+create table pgonce.checkpoint_parts (
   checkpoint_id bigint not null,
   relation regclass not null,
-  key text collate "C" not null,
-  "row" text collate "C" not null
+  rows text[] collate "C" not null
 );
-create index checkpoint_rows_relation on pgonce.checkpoint_rows (checkpoint_id, relation);
-comment on table pgonce.checkpoint_rows is 'The rows that a checkpoint holds: the consumer''s state, what it had parked and given up, and for an inbox what it had processed.';
-comment on column pgonce.checkpoint_rows.checkpoint_id is 'The checkpoint.';
-comment on column pgonce.checkpoint_rows.relation is 'The table that the row is of.';
-comment on column pgonce.checkpoint_rows.key is 'Its primary key, as the text of a row; of parked messages partition and offset.';
-comment on column pgonce.checkpoint_rows."row" is 'The row, as text: select r."row"::my_table from pgonce.checkpoint_rows r.';
+create index checkpoint_parts_relation on pgonce.checkpoint_parts (checkpoint_id, relation);
+comment on table pgonce.checkpoint_parts is 'The rows that a checkpoint holds, many of them together, as this compresses well: the consumer''s state, what it had parked and given up, and for an inbox what it had processed. The view checkpoint_rows shows them one by one.';
+comment on column pgonce.checkpoint_parts.checkpoint_id is 'The checkpoint.';
+comment on column pgonce.checkpoint_parts.relation is 'The table that the rows are of.';
+comment on column pgonce.checkpoint_parts.rows is 'Rows, each as text.';

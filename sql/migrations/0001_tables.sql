@@ -462,7 +462,7 @@ create table pgonce.word_counts (
   word text collate "C" not null,
   count bigint not null check (count > 0),
   primary key (consumer, word)
-);
+) with (fillfactor = 90);
 comment on table pgonce.word_counts is 'The effect of the built-in word count.';
 comment on column pgonce.word_counts.consumer is 'The consumer that counted.';
 comment on column pgonce.word_counts.word is 'The word.';

@@ -3,7 +3,7 @@
 -- All of it is read in one snapshot, that of the statement that calls it. Locks: none.
 
 create or replace function pgonce.table_difference(
-  checkpoint_id bigint, relation regclass, condition text, key text, samples integer)
+  checkpoint_id bigint, relation regclass, condition text, samples integer)
 returns pgonce.difference
 language plpgsql stable
 set row_security = off
@@ -18,29 +18,43 @@ set xmloption = content
 as $$
 declare
   answer pgonce.difference;
+  key text;
 begin
+  select string_agg(format('(r.v).%I', k.name), ', ' order by k.nth) into key
+  from unnest(pgonce.key_columns(relation)) with ordinality k(name, nth);
   execute format(
     $sql$
       with compared as (
-        select case when saved.key is null then 'added' when present.key is null then 'removed' else 'changed' end as change,
-               coalesce(saved.key, present.key) as key
+        select saved.row as saved, present.row as present
         from (
-          select r.key, r."row" from pgonce.checkpoint_rows r
-          where r.checkpoint_id = $1 and r.relation = %3$L::regclass) saved
-        full join (
-          select row(%4$s)::text as key, (t.*)::text as "row" from %1$s t where %2$s) present on present.key = saved.key
-        where saved."row" is distinct from present."row")
+          select r.saved as row from pgonce.checkpoint_parts p
+          cross join lateral unnest(p.rows) r(saved)
+          where p.checkpoint_id = $1 and p.relation = %1$L::regclass) saved
+        full join (select (t.*)::text as row from %1$s t where %2$s) present on present.row = saved.row
+        where saved.row is null or present.row is null),
+      -- `offset 0`: the text is read once, and not for each column.
+      keyed as (
+        select row(%3$s)::text as key, r.is_saved
+        from (
+          select c.saved::%1$s as v, true as is_saved from compared c where c.saved is not null
+          union all
+          select c.present::%1$s, false from compared c where c.present is not null
+          offset 0) r),
+      changed as (
+        select case when bool_and(k.is_saved) then 'removed' when bool_or(k.is_saved) then 'changed' else 'added' end as change, k.key
+        from keyed k
+        group by k.key)
       select 'table', $2, null,
              count(*) filter (where c.change = 'added'),
              count(*) filter (where c.change = 'removed'),
              count(*) filter (where c.change = 'changed'),
              array(
                select n.change || ' ' || n.key
-               from (select m.*, row_number() over (partition by m.change order by m.key) as nth from compared m) n
+               from (select m.*, row_number() over (partition by m.change order by m.key) as nth from changed m) n
                where n.nth <= $3
                order by n.change, n.nth)
-      from compared c
-    $sql$, relation, condition, relation, key)
+      from changed c
+    $sql$, relation, condition, key)
   into answer
   using checkpoint_id, relation::text, samples;
   return answer;
@@ -71,7 +85,7 @@ begin
     where s.checkpoint_id = taken.checkpoint_id
     order by s.partition;
   for state in select s.* from pgonce.state_of(reader) s loop
-    return next pgonce.table_difference(taken.checkpoint_id, state.relation, state.condition, state.key, samples);
+    return next pgonce.table_difference(taken.checkpoint_id, state.relation, state.condition, samples);
   end loop;
 end $$;
 comment on function pgonce.checkpoint_difference is 'What a restore would change: for each partition how many messages come again, and for each table of the consumer how many rows were added, removed and changed since, with the keys of up to so many of each kind. Changes nothing. Errors: PO002, PO003, PO006 (its tables are others now), PO014 (messages that a restore needs are gone), PO015 (no such checkpoint).';

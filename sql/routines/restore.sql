@@ -105,7 +105,7 @@ end $$;
 comment on function pgonce.rewind is 'Internal: sets a consumer back in a partition, for whoever holds the offset lock and has put back what is parked and dead.';
 
 create or replace function pgonce.restore_table(
-  checkpoint_id bigint, relation regclass, condition text, key text)
+  checkpoint_id bigint, relation regclass, condition text)
 returns void
 language plpgsql volatile
 set enable_nestloop = off
@@ -132,21 +132,23 @@ begin
     $sql$
       delete from %1$s t
       where %2$s and not exists (
-        select from pgonce.checkpoint_rows r
-        where r.checkpoint_id = $1 and r.relation = %3$L::regclass and r.key = row(%4$s)::text and r."row" = (t.*)::text)
-    $sql$, relation, condition, relation, key)
+        select from pgonce.checkpoint_parts p
+        cross join lateral unnest(p.rows) r(saved)
+        where p.checkpoint_id = $1 and p.relation = %1$L::regclass and r.saved = (t.*)::text)
+    $sql$, relation, condition)
   using checkpoint_id;
   -- `offset 0`: the text is read once, and not for each column.
   execute format(
     $sql$
-      insert into %1$s (%5$s) overriding system value
-      select %6$s
+      insert into %1$s (%3$s) overriding system value
+      select %4$s
       from (
-        select r."row"::%1$s as v from pgonce.checkpoint_rows r
-        where r.checkpoint_id = $1 and r.relation = %3$L::regclass
-          and not exists (select from %1$s t where %2$s and row(%4$s)::text = r.key)
+        select r.saved::%1$s as v from pgonce.checkpoint_parts p
+        cross join lateral unnest(p.rows) r(saved)
+        where p.checkpoint_id = $1 and p.relation = %1$L::regclass
+          and not exists (select from %1$s t where %2$s and (t.*)::text = r.saved)
         offset 0) s
-    $sql$, relation, condition, relation, key, columns, of_row)
+    $sql$, relation, condition, columns, of_row)
   using checkpoint_id;
 end $$;
 comment on function pgonce.restore_table is 'Internal: makes the rows of a table that belong to a consumer those of a checkpoint.';
@@ -221,7 +223,7 @@ begin
   -- Those that were taken are processed.
   delete from pgonce.parked k where k.consumer_id = reader.consumer_id and k.taken_by is not null;
   for state in select s.* from pgonce.state_of(reader) s loop
-    perform pgonce.restore_table(taken.checkpoint_id, state.relation, state.condition, state.key);
+    perform pgonce.restore_table(taken.checkpoint_id, state.relation, state.condition);
   end loop;
   for saved in
     select s.*, o.next_offset as came_to

@@ -2,7 +2,7 @@
 --
 -- A consumer's state is what it has parked and given up, for an inbox what it has processed, and the rows of the tables that
 -- its effects are in: word_counts, and what set_state names. All of it is saved, compared and restored by the same statements: a
--- relation, a condition for the rows that belong to the consumer, and its key. A row is saved as the text that PostgreSQL
+-- relation and a condition for the rows that belong to the consumer. A row is saved as the text that PostgreSQL
 -- makes of it, since jsonb would change some types; the settings that this text depends on are the same in all three, so it
 -- reads back as it was.
 --
@@ -122,25 +122,23 @@ end $$;
 comment on function pgonce.set_state is 'Says which tables hold the effects of a consumer: its checkpoints save their rows, and a restore writes them, both with the rights of the owner of this schema; so grant it to nobody else, and name no table that somebody may alter whom you do not trust. Only this consumer may write them. Of a table whose primary key begins with a column named consumer, its rows are those that bear its name, and several may share it. The rows of word_counts are always state. Tables that were named before and are not now are state no more. Errors: PO002, PO003 (a table that cannot be put back: no primary key, triggers, rules, row security, inheritance, or a foreign key to it that acts ON DELETE or is not deferrable; or a table of another consumer).';
 
 create or replace function pgonce.state_of(reader pgonce.consumers)
-returns table (relation regclass, condition text, key text)
+returns table (relation regclass, condition text)
 language plpgsql stable
 as $$
 begin
   return query
     select s.relation,
-           case when pgonce.is_shared(s.relation) then format('t.consumer::text collate "C" = %L', reader.consumer) else 'true' end,
-           (select string_agg(format('t.%I', c.name), ', ' order by c.nth) from unnest(k.columns) with ordinality c(name, nth))
+           case when pgonce.is_shared(s.relation) then format('t.consumer::text collate "C" = %L', reader.consumer) else 'true' end
     from (
       select t.relation from pgonce.state_tables t where t.consumer_id = reader.consumer_id
       union all
       select 'pgonce.word_counts'::regclass) s
-    cross join lateral pgonce.key_columns(s.relation) k(columns)
     union all
-    select 'pgonce.parked'::regclass, format('t.consumer_id = %s and t.taken_by is null', reader.consumer_id), 't.partition, t."offset"'
+    select 'pgonce.parked'::regclass, format('t.consumer_id = %s and t.taken_by is null', reader.consumer_id)
     union all
-    select 'pgonce.dead_letters'::regclass, format('t.consumer_id = %s', reader.consumer_id), 't.dead_letter_id'
+    select 'pgonce.dead_letters'::regclass, format('t.consumer_id = %s', reader.consumer_id)
     union all
-    select 'pgonce.processed_ids'::regclass, format('t.consumer_id = %s', reader.consumer_id), 't.message_id'
+    select 'pgonce.processed_ids'::regclass, format('t.consumer_id = %s', reader.consumer_id)
     where reader.topic_id is null;
 end $$;
-comment on function pgonce.state_of is 'Internal: the relations that a consumer''s checkpoints save, the rows of each, and its key.';
+comment on function pgonce.state_of is 'Internal: the relations that a consumer''s checkpoints save, and the rows of each.';

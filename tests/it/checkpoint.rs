@@ -114,7 +114,8 @@ async fn the_difference_is_what_a_restore_changes() {
     assert_eq!(texts(&client, difference).await, [""; 0]);
     drain(&client).await;
     let edits = "
-        delete from ledger where format('(%s)', account) = (select min(key) from pgonce.checkpoint_rows where relation = 'ledger'::regclass);
+        delete from ledger where account = (
+          select min((saved::ledger).account) from pgonce.checkpoint_rows where relation = 'ledger'::regclass);
         insert into ledger (account, amount) values ('z', 1)";
     client.batch_execute(edits).await.expect("edited");
     let counts = "
@@ -147,8 +148,8 @@ async fn a_checkpoint_is_of_one_moment_while_the_consumer_runs() {
     let torn = "
         select c.checkpoint
         from pgonce.checkpoints c
-        where (select coalesce(sum((r.\"row\"::ledger).amount), 0) from pgonce.checkpoint_rows r
-               where r.checkpoint_id = c.checkpoint_id and r.relation = 'ledger'::regclass)
+        where (select coalesce(sum((r.saved::ledger).amount), 0) from pgonce.checkpoint_rows r
+               where r.checkpoint = c.checkpoint and r.relation = 'ledger'::regclass)
            <> (select sum(o.received) from pgonce.checkpoint_offsets o where o.checkpoint_id = c.checkpoint_id)";
     assert_eq!(texts(&client, torn).await, [""; 0]);
     let moments = "

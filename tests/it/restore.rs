@@ -34,6 +34,29 @@ async fn columns_may_have_any_name() {
 }
 
 #[tokio::test]
+async fn a_state_of_many_parts_comes_back() {
+    let prepare = "
+        create table large (id int primary key, note text not null);
+        insert into large select n, sha256(n::text::bytea)::text from generate_series(1, 20000) n;
+        insert into large values (0, repeat('x', 1000000))";
+    let (_database, client) = saved_with("{large}", prepare).await;
+    let parts = "select count(*) from pgonce.checkpoint_parts where relation = 'large'::regclass";
+    assert!(number(&client, parts).await > 5);
+    let held = "select row_count from pgonce.checkpoint_contents where name = 'large'";
+    assert_eq!(number(&client, held).await, 20_001);
+    let digest = "select md5(string_agg(id || note, ',' order by id)) from large";
+    let before = texts(&client, digest).await;
+    let change = "update large set note = 'y' where id % 3 = 0; delete from large where id % 100 = 1; insert into large values (-1, 'z')";
+    client.batch_execute(change).await.expect("changed");
+    let changes = "
+        select concat_ws(' ', added, removed, changed)
+        from pgonce.checkpoint_difference('c', 'one') where name = 'public.large'";
+    assert_eq!(texts(&client, changes).await, ["1 200 6601"]);
+    client.batch_execute("select pgonce.restore('c', 'one')").await.expect("restored");
+    assert_eq!(texts(&client, digest).await, before);
+}
+
+#[tokio::test]
 async fn state_tables_may_refer_to_each_other_where_that_can_be_deferred() {
     let prepare = "
         create table balances (account text primary key, balance int not null);
@@ -203,7 +226,7 @@ async fn the_commands_save_compare_restore_and_replay() {
     let again = well(&["replay", "c", "--from", "earliest", "--reapply-effects", "--yes"]);
     assert!(again.ends_with("30 messages of consumer c come again\n"), "{again}");
     assert_eq!(well(&["checkpoint", "delete", "c", "one", "--yes"]), "deleted checkpoint one of consumer c\n");
-    assert_eq!(number(&client, "select count(*) from pgonce.checkpoint_rows").await, 0);
+    assert_eq!(number(&client, "select count(*) from pgonce.checkpoint_parts").await, 0);
 }
 
 #[tokio::test]
