@@ -46,6 +46,7 @@ pub use schema::{Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Schema, check_ve
 pub use shutdown::Shutdown;
 pub use topic::{
     ConsumerKind, ConsumerSettings, FailurePolicy, StartAt, TopicSettings, create_consumer, create_topic, process_once,
+    set_state,
 };
 #[cfg(feature = "webhook")]
 pub use webhook::{Webhook, WebhookSettings};

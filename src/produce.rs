@@ -9,8 +9,8 @@ use std::time::SystemTime;
 use tokio_postgres::GenericClient;
 use tokio_postgres::types::Type;
 
-use crate::error::Error;
-use crate::message::{Message, MessageId, Sent};
+use crate::error::{Error, ErrorKind};
+use crate::message::{Message, MessageId, Received, Sent};
 use crate::schema::Schema;
 use crate::sql;
 
@@ -45,6 +45,7 @@ pub struct Producer {
     enqueue: String,
     enqueue_many: String,
     cancel: String,
+    emit: String,
 }
 
 impl Producer {
@@ -62,6 +63,7 @@ impl Producer {
             enqueue: schema.sql(sql::ENQUEUE),
             enqueue_many: schema.sql(sql::ENQUEUE_MANY),
             cancel: schema.sql(sql::CANCEL),
+            emit: schema.sql(sql::EMIT),
         }
     }
 
@@ -86,6 +88,45 @@ impl Producer {
                     (&message.id.as_str(), Type::TEXT),
                     (&headers, Type::TEXT),
                     (&message.deliver_at, Type::TIMESTAMPTZ),
+                ],
+            )
+            .await?;
+        sent(&row)
+    }
+
+    /// Sends a message because of one that a handler has received, on the handler's transaction: it exists if and only if the
+    /// effect does. `ordinal` says which it is, from 1, of those that `consumer` sends because of that one. The id follows
+    /// from these three, and the message's own is not used; so a message that is handled again, after a restore or a replay,
+    /// sends nothing twice. There is no time of delivery either.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send); [`Invalid`](crate::ErrorKind::Invalid) for a message with a time of delivery.
+    pub async fn emit<C: GenericClient, T>(
+        &self,
+        client: &C,
+        consumer: &str,
+        received: &Received<T>,
+        ordinal: i32,
+        message: &Message,
+    ) -> Result<Sent, Error> {
+        message.check_names()?;
+        if message.deliver_at.is_some() {
+            return Err(Error::new(ErrorKind::Invalid, "a message that is emitted has a time of delivery")
+                .with_hint("Leave deliver_at away, or send it with an id of your own."));
+        }
+        let headers = message.headers_text()?;
+        let row = client
+            .query_typed_one(
+                &self.emit,
+                &[
+                    (&self.topic, Type::TEXT),
+                    (&message.payload, Type::TEXT),
+                    (&consumer, Type::TEXT),
+                    (&received.message_id.as_str(), Type::TEXT),
+                    (&ordinal, Type::INT4),
+                    (&message.key, Type::TEXT),
+                    (&headers, Type::TEXT),
                 ],
             )
             .await?;

@@ -19,6 +19,12 @@ pub const ENQUEUE: &str = include_str!("../sql/statements/enqueue.sql");
 /// `was_duplicate` (boolean).
 pub const ENQUEUE_MANY: &str = include_str!("../sql/statements/enqueue_many.sql");
 
+/// Sends a message because of one that was received, in the transaction that applies its effect; handled again, it is sent once
+/// all the same: `$1` topic (text), `$2` payload (jsonb, or its text), `$3` consumer (text), `$4` id of the message that was
+/// received (text), `$5` which of the messages that follow from it (integer, from 1), `$6` key (text or null), `$7` headers
+/// (jsonb, or its text, or null). Answers one row: `message_id` (text), `was_duplicate` (boolean).
+pub const EMIT: &str = include_str!("../sql/statements/emit.sql");
+
 /// Takes a message back that has not been relayed: `$1` topic (text), `$2` message id (text). Answers one row: `message_id`
 /// (text), `was_cancelled` (boolean).
 pub const CANCEL: &str = include_str!("../sql/statements/cancel.sql");

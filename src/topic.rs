@@ -1,7 +1,7 @@
 //! Topics and consumers: creating what messages go through. The rest of their verbs (drop, pause, resume) is SQL.
 
 use tokio_postgres::GenericClient;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use crate::error::Error;
 use crate::schema::Schema;
@@ -147,6 +147,28 @@ pub async fn create_consumer<C: GenericClient>(
         )
         .await?;
     Ok(())
+}
+
+/// Says which tables hold the effects of a consumer, by their names as SQL has them: its checkpoints save their rows, beside
+/// those of `word_counts`. Answers whether they were others before. Who names others has to own the schema.
+///
+/// # Errors
+///
+/// [`UnknownConsumer`](crate::ErrorKind::UnknownConsumer); [`Invalid`](crate::ErrorKind::Invalid) for a table that cannot be put
+/// back row by row, or is the state of another consumer; errors of the database, also where there is no such table.
+pub async fn set_state<C: GenericClient>(
+    client: &C,
+    schema: &Schema,
+    consumer: &str,
+    tables: &[String],
+) -> Result<bool, Error> {
+    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&consumer, Type::TEXT), (&tables, Type::TEXT_ARRAY)];
+    let is_so = schema.sql(include_str!("../sql/statements/state_is.sql"));
+    let is_so: bool = client.query_typed_one(&is_so, &parameters).await?.try_get("is_so")?;
+    if !is_so {
+        client.query_typed(&schema.sql(include_str!("../sql/statements/set_state.sql")), &parameters).await?;
+    }
+    Ok(!is_so)
 }
 
 /// Records in an inbox that a message from elsewhere (a webhook, another broker) is processed, in the transaction of

@@ -65,7 +65,8 @@ create or replace function pgonce.create_consumer(
   attempts_max integer default null,
   backoff_min_ms integer default null,
   backoff_max_ms integer default null,
-  kind text default null)
+  kind text default null,
+  state regclass[] default null)
 returns setof pgonce.consumers
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -140,6 +141,9 @@ begin
       insert into pgonce.leases (consumer_id, partition)
       select existing.consumer_id, p.partition from pgonce.partitions p where p.topic_id = reads.topic_id;
     end if;
+    if state is not null then
+      perform pgonce.set_state(consumer, state);
+    end if;
     return next existing;
     return;
   end if;
@@ -156,6 +160,8 @@ begin
     raise exception using errcode = 'PO006',
       message = format('consumer %L has the failure policy %s', consumer, existing.failure_policy),
       hint = 'A failure policy cannot change. Give another name, or drop this one first.';
+  elsif state is not null then
+    perform pgonce.set_state(consumer, state);
   end if;
   -- What is not said stays. Of the two waits one may push the other.
   return query
@@ -176,7 +182,7 @@ begin
     union all
     select existing.* where not exists (select from changed);
 end $$;
-comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. With the kind external its effects are outside of this database, and it uses acquire, peek, ack and nack in the place of receive; it cannot change either. Errors: PO001, PO003, PO006 (bound to another topic, of another kind, or with another policy).';
+comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. With the kind external its effects are outside of this database, and it uses acquire, peek, ack and nack in the place of receive; it cannot change either. state names the tables that hold its effects, as set_state does; null leaves them as they are. Errors: PO001, PO003, PO006 (bound to another topic, of another kind, or with another policy).';
 
 create or replace function pgonce.drop_consumer(consumer text)
 returns setof pgonce.consumers

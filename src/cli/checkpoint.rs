@@ -12,7 +12,7 @@ use tokio_postgres::types::Type;
 use super::connection::{Connection, Installed, Reading};
 use super::text::{confirm, count, print_json, say, table};
 use super::{Outcome, Usage};
-use crate::Error;
+use crate::{Error, set_state};
 
 /// How often the time that something takes is shown.
 const TICK: Duration = Duration::from_millis(100);
@@ -167,8 +167,7 @@ impl Checkpoint {
             Action::Save { named, state, reading: Reading { json, connection } } => {
                 let installed = connection.installed().await?;
                 if let Some(state) = state {
-                    let set = include_str!("../../sql/statements/set_state.sql");
-                    installed.rows(set, &[(&named.consumer, Type::TEXT), (&state, Type::TEXT_ARRAY)]).await?;
+                    set_state(&*installed.session, installed.schema(), &named.consumer, &state).await?;
                 }
                 let save = include_str!("../../sql/statements/checkpoint.sql");
                 let rows = while_it_takes("saving", named.rows(&installed, save)).await?;

@@ -11,7 +11,9 @@ use super::config::{ATTEMPTS, FailurePolicy, StartAt, WAIT_MS};
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer};
+use crate::{
+    ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer, set_state,
+};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -41,6 +43,9 @@ enum Action {
         kind: Option<Kind>,
         #[command(flatten)]
         failures: Failures,
+        /// Tables that hold its effects, besides `word_counts`: checkpoints save their rows.
+        #[arg(long, value_name = "TABLE", value_delimiter = ',')]
+        state: Option<Vec<String>>,
         #[command(flatten)]
         connection: Connection,
     },
@@ -115,7 +120,7 @@ struct Place {
 impl Consumer {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         match self.action {
-            Action::Create { consumer, topic, start_at, kind, failures, connection } => {
+            Action::Create { consumer, topic, start_at, kind, failures, state, connection } => {
                 let installed = connection.installed().await?;
                 let schema = installed.schema();
                 let settings = ConsumerSettings {
@@ -130,6 +135,11 @@ impl Consumer {
                     say!("created consumer {consumer}")?;
                 } else {
                     say!("consumer {consumer} is there")?;
+                }
+                if let Some(state) = state
+                    && set_state(&*installed.session, schema, &consumer, &state).await?
+                {
+                    say!("its state is in {}", state.join(", "))?;
                 }
             }
             Action::List(Reading { json, connection }) => {

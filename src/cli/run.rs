@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use tokio_postgres::types::{ToSql, Type};
 
 use super::config::{Config, GRACEFUL_STOP_SECONDS_MAX};
 use super::connection::Connection;
 use super::text::say;
 use super::{Outcome, Usage, consumer, topic};
 use crate::embedded::{Options, PrivateServer};
-use crate::{Database, Error, Schema, Session, Shutdown, TopicSettings, Worker, check_version, migrate};
+use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, migrate, set_state};
 
 /// How long batches may take to finish after the first signal, where nothing else is said.
 const GRACEFUL_STOP_SECONDS: u64 = 30;
@@ -253,7 +252,7 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
         }
         if let Some(state) = &consumer.state {
             let what = || format!("state of consumer {}", consumer.name);
-            if set_state(&session, schema, &consumer.name, state).await.with_context(what)? {
+            if set_state(&*session, schema, &consumer.name, state).await.with_context(what)? {
                 tracing::info!("consumer {} has the state {}", consumer.name, state.join(", "));
             }
         }
@@ -261,17 +260,6 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
     // Not given back: the stages have pools of their own, and nobody would use the connection again.
     drop(session);
     Ok(())
-}
-
-/// Names the tables that hold a consumer's effects, where they are others; answers whether they were.
-async fn set_state(session: &Session, schema: &Schema, consumer: &str, state: &[String]) -> Result<bool, Error> {
-    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&consumer, Type::TEXT), (&state, Type::TEXT_ARRAY)];
-    let is_so = schema.sql(include_str!("../../sql/statements/state_is.sql"));
-    let is_so: bool = session.query_typed_one(&is_so, &parameters).await?.try_get("is_so")?;
-    if !is_so {
-        session.query_typed(&schema.sql(include_str!("../../sql/statements/set_state.sql")), &parameters).await?;
-    }
-    Ok(!is_so)
 }
 
 fn parse_pair(text: &str) -> Result<(String, String), String> {

@@ -122,6 +122,13 @@ impl Consumer {
         Self::sql(name, include_str!("../../sql/word_count.sql"))
     }
 
+    /// The built-in consumer that sends on: splits documents into words, for a word count behind it. Payloads are
+    /// `{"text": …}`; each word becomes a message `{"word": …}` of the topic `words`, which has to exist, by `pgonce.emit`.
+    #[must_use]
+    pub fn split_words(name: impl Into<String>) -> Self {
+        Self::sql(name, include_str!("../../sql/split_words.sql"))
+    }
+
     /// A consumer whose effect is outside of this database: at least once, with the message id as the idempotency key. It
     /// must have been created as such ([`ConsumerKind`](crate::ConsumerKind)).
     #[must_use]

@@ -1,10 +1,13 @@
 //! Checkpoints under hard conditions: odd tables, foreign keys, others at work; and by the program.
 
 use std::process::Stdio;
+use std::time::SystemTime;
 
-use tokio_postgres::Client;
+use pgonce::{Consumer, ErrorKind, Handler, HandlerError, Message, Producer, Received};
+use serde_json::{Value, json};
+use tokio_postgres::{Client, Transaction};
 
-use crate::checkpoint::{STEP, drain, world};
+use crate::checkpoint::{STEP, drain, publish, world};
 use crate::fixture::TestDatabase;
 use crate::probe::{eventually, number, sqlstate, texts};
 use crate::programs::{Running, outcome, pgonce};
@@ -111,9 +114,11 @@ async fn a_table_that_is_altered_while_a_restore_waits_for_it_is_refused() {
         create function ring() returns trigger language plpgsql as $$ begin return null; end $$;
         create trigger ring before insert on ledger for each row execute function ring()";
     owner.batch_execute(alter).await.expect("altered");
+    // In a transaction the activity is read once.
+    let onlooker = database.connect().await;
     let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%restore%' and datname = current_database()";
     let looks = async {
-        eventually("the restore waits", async || (number(&owner, waiting).await > 0).then_some(())).await;
+        eventually("the restore waits", async || (number(&onlooker, waiting).await > 0).then_some(())).await;
         owner.batch_execute("commit").await.expect("committed");
     };
     let (code, ()) = tokio::join!(sqlstate(&client, "select pgonce.restore('c', 'one')"), looks);
@@ -175,6 +180,73 @@ async fn a_dead_letter_that_a_restore_brings_back_is_settled_under_its_lock_only
     assert_eq!(texts(&operator, settle).await, ["true false"]);
     drain(&client).await;
     assert_eq!(number(&client, "select sum(amount)::bigint from ledger").await, 20);
+}
+
+/// Sends its payload on.
+struct Forwarding(Producer);
+
+impl Handler for Forwarding {
+    type Payload = Value;
+
+    async fn handle(&self, tx: &Transaction<'_>, message: Received<Value>) -> Result<(), HandlerError> {
+        let follows = Message::json(&message.payload)?.key("k");
+        let sent = self.0.emit(tx, "forwarder", &message, 1, &follows).await?;
+        assert_eq!(sent.was_duplicate, message.payload["is_known"], "{sent:?}");
+        let later = follows.deliver_at(SystemTime::now());
+        assert_eq!(
+            self.0.emit(tx, "forwarder", &message, 2, &later).await.expect_err("refused").kind(),
+            ErrorKind::Invalid
+        );
+        match message.payload["nth"].as_i64() {
+            Some(2) if message.attempt == 1 => Err("not this time".into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_handler_emits_is_there_once_and_only_where_its_effect_is() {
+    let (database, client) = world(0).await;
+    let create = "
+        select pgonce.create_topic('further', 1);
+        select pgonce.create_consumer('forwarder', 't', backoff_min_ms => 1, backoff_max_ms => 1, state => '{ledger}')";
+    assert_eq!(sqlstate(&client, create).await, "PO003", "it is the state of c");
+    client.batch_execute(&create.replace("{ledger}", "{}")).await.expect("created");
+    let messages: Vec<_> = (1..=3)
+        .map(|nth| Message::json(&json!({ "nth": nth, "is_known": false })).expect("JSON").key(nth.to_string()))
+        .collect();
+    publish(&client, &messages).await;
+    let pool = database.database(1);
+    let consumer = Consumer::each("forwarder", Forwarding(Producer::new("further")));
+    eventually("all is applied", async || {
+        consumer.step(&pool).await.expect("a step");
+        (number(&client, "select sum(lag + parked)::bigint from pgonce.consumer_lag where consumer = 'forwarder'")
+            .await
+            == 0)
+            .then_some(())
+    })
+    .await;
+    let ids = "
+        select o.message_id from pgonce.outbox o join pgonce.topics t using (topic_id) where t.topic = 'further'
+        except all
+        select pgonce.emitted_id('forwarder', q.message_id, 1) from pgonce.queue q";
+    assert_eq!(texts(&client, ids).await, [""; 0]);
+    let sent = "select count(*) from pgonce.outbox o join pgonce.topics t using (topic_id) where t.topic = 'further'";
+    assert_eq!(number(&client, sent).await, 3);
+    let again = "
+        update pgonce.queue set payload = payload || '{\"is_known\": true}';
+        select pgonce.replay('forwarder', reapply_effects => true)";
+    client.batch_execute(again).await.expect("set back");
+    eventually("all is applied once more", async || {
+        consumer.step(&pool).await.expect("a step");
+        (number(&client, "select sum(lag + parked)::bigint from pgonce.consumer_lag where consumer = 'forwarder'")
+            .await
+            == 0)
+            .then_some(())
+    })
+    .await;
+    assert_eq!(number(&client, sent).await, 3);
+    assert_eq!(number(&client, "select count(*) from pgonce.dead_letters").await, 0);
 }
 
 /// Runs the program to its end; whether it did well, and what it printed.

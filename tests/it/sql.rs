@@ -16,6 +16,7 @@ async fn each_statement_has_the_parameters_and_the_columns_that_are_documented()
     for (statement, parameters, columns) in [
         (sql::ENQUEUE, "text jsonb text text jsonb timestamptz", "message_id text, was_duplicate bool"),
         (sql::ENQUEUE_MANY, "text _jsonb _text _text _jsonb _timestamptz", "message_id text, was_duplicate bool"),
+        (sql::EMIT, "text jsonb text text int4 text jsonb", "message_id text, was_duplicate bool"),
         (sql::CANCEL, "text text", "message_id text, was_cancelled bool"),
         (sql::RELAY, "text int4", "moved int8, blocked int8"),
         (

@@ -64,6 +64,8 @@ enum Kind {
     /// Counts words into `word_counts`.
     #[default]
     WordCount,
+    /// Sends the words of documents to the topic `words`.
+    SplitWords,
     /// Runs SQL over `received`.
     Sql,
     /// Sends messages to an HTTP endpoint.
@@ -182,7 +184,7 @@ impl ConsumerEntry {
             (Kind::Webhook, _, Some(url)) => {
                 self.webhook_settings().endpoint(url).map(drop).map_err(|error| explained(&error)).context("url")
             }
-            (Kind::Sql, Some(_), _) | (Kind::WordCount, ..) => Ok(()),
+            (Kind::Sql, Some(_), _) | (Kind::WordCount | Kind::SplitWords, ..) => Ok(()),
         }
     }
 
@@ -190,6 +192,7 @@ impl ConsumerEntry {
     pub(crate) fn stage(&self) -> anyhow::Result<Consumer> {
         let mut stage = match self.kind {
             Kind::WordCount => Consumer::word_count(&self.name),
+            Kind::SplitWords => Consumer::split_words(&self.name),
             Kind::Sql => Consumer::sql(&self.name, self.statements.as_deref().unwrap_or_default()),
             Kind::Webhook => Consumer::external(&self.name, self.webhook()?),
         };
@@ -258,7 +261,7 @@ impl ConsumerEntry {
     pub(crate) fn settings(&self) -> ConsumerSettings {
         ConsumerSettings {
             kind: Some(match self.kind {
-                Kind::WordCount | Kind::Sql => ConsumerKind::Transactional,
+                Kind::WordCount | Kind::SplitWords | Kind::Sql => ConsumerKind::Transactional,
                 Kind::Webhook => ConsumerKind::External,
             }),
             start_at: self.start_at.into(),
