@@ -259,6 +259,44 @@ begin
   return (select c.row_count from pgonce.checkpoint(checkpoint.consumer, checkpoint.checkpoint) c);
 end $$;
 
+-- A drain makes up for some of what a checkpoint got wrong; this is what was saved.
+create function test.check_moment(consumer text)
+returns void
+language plpgsql
+as $$
+begin
+  perform test.break_promise(
+    check_moment.consumer,
+    format('restored up to %s, and %s of offset %s is there %s times', o.next_offset, q.message_id, q."offset", there.times))
+  from pgonce.consumer_offsets o
+  join pgonce.queue q using (topic_id, partition)
+  cross join lateral (
+    select count(*) as times, coalesce(bool_or(p.is_effect), false) as is_applied
+    from (
+      select true as is_effect from pgonce.word_counts w where w.consumer = o.consumer and w.word = q.message_id
+      union all
+      select false from pgonce.parked k
+      where k.consumer_id = o.consumer_id and k.partition = q.partition and k."offset" = q."offset"
+      union all
+      select false from pgonce.dead_letters d
+      where d.consumer_id = o.consumer_id and d.partition = q.partition and d."offset" = q."offset" and d.state <> 'replayed') p) there
+  where o.consumer = check_moment.consumer
+    and (case when q."offset" < o.next_offset then there.times <> 1 else there.times > 1 or there.is_applied end);
+  perform test.break_promise(
+    check_moment.consumer,
+    format('restored with %s received and %s dead, and there are %s and %s', o.received, o.dead, there.applied, there.dead))
+  from (
+    select c.consumer_id, sum(c.received) as received, sum(c.dead) as dead
+    from pgonce.consumer_offsets c
+    where c.consumer = check_moment.consumer
+    group by c.consumer_id) o
+  cross join lateral (
+    select
+      (select count(*) from pgonce.word_counts w where w.consumer = check_moment.consumer) as applied,
+      (select count(*) from pgonce.dead_letters d where d.consumer_id = o.consumer_id) as dead) there
+  where (o.received, o.dead) is distinct from (there.applied, there.dead);
+end $$;
+
 create function test.restore(consumer text, checkpoint text)
 returns text
 language plpgsql
@@ -286,6 +324,7 @@ begin
   using test.checkpoints c
   where f.consumer_id = reader_id and c.consumer = restore.consumer and c.checkpoint = restore.checkpoint
     and f."position" > c.failed;
+  perform test.check_moment(restore.consumer);
   return told;
 end $$;
 
@@ -381,7 +420,7 @@ begin
   return null;
 end $$;
 create trigger note_buried after insert on pgonce.dead_letters for each row
-when (new.error like 'its handler %') execute function test.note_buried();
+when (new.error like 'its handler %' or new.error like 'whoever tried it %') execute function test.note_buried();
 
 create function test.settle(topic text, consumer text, how text)
 returns table (settled bigint)
@@ -424,6 +463,17 @@ begin
   -- Waits for the transaction that passed before, so that the statement around it grows stale.
   perform pg_advisory_xact_lock(hashtext(pass_gate.consumer));
   return 2;
+end $$;
+
+create function test.wait_at_gate(consumer_id integer)
+returns void
+language plpgsql volatile
+as $$
+declare
+  gate constant integer := (select hashtext(c.consumer) from pgonce.consumers c where c.consumer_id = wait_at_gate.consumer_id);
+begin
+  -- Waits for the transaction that has passed it, and leaves it open: for guards, which let others in where nobody may be.
+  perform pg_advisory_lock(gate), pg_advisory_unlock(gate);
 end $$;
 
 -- As a worker does it: receive first, then the statements of the handler, each in a snapshot of its own.
