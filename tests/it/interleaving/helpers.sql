@@ -199,7 +199,7 @@ end $$;
 create trigger note_purged after delete on pgonce.queue
 referencing old table as deleted for each statement execute function test.note_purged();
 
-create function test.fail(consumer text, "offset" bigint, permanent boolean default false)
+create function test.fail(consumer text, "offset" bigint, permanent boolean default false, partition integer default 0)
 returns table (outcome text)
 language plpgsql
 as $$
@@ -208,17 +208,17 @@ declare
   told pgonce.failed;
   reader_id integer := test.id_of(fail.consumer);
 begin
-  select f.* into strict told from pgonce.fail(fail.consumer, 0, fail."offset", 'as told', fail.permanent) f;
-  insert into test.failed (consumer_id, partition, outcome) values (reader_id, 0, told.outcome);
+  select f.* into strict told from pgonce.fail(fail.consumer, fail.partition, fail."offset", 'as told', fail.permanent) f;
+  insert into test.failed (consumer_id, partition, outcome) values (reader_id, fail.partition, told.outcome);
   -- As if the effect of what is withdrawn had been rolled back to a savepoint; never an effect of another transaction.
   with undone as (
     delete from test.applied a
-    where a.consumer_id = reader_id and a.partition = 0 and a."offset" = any (told.withdrawn)
+    where a.consumer_id = reader_id and a.partition = fail.partition and a."offset" = any (told.withdrawn)
       and a.writer = pg_current_xact_id()
     returning a."offset"
   )
   update test.totals t set total = t.total - (select count(*) from undone u)
-  where t.consumer_id = reader_id and t.partition = 0 and exists (select from undone u);
+  where t.consumer_id = reader_id and t.partition = fail.partition and exists (select from undone u);
   return query select told.outcome;
 end $$;
 
@@ -228,12 +228,12 @@ returns trigger
 language plpgsql
 as $$
 begin
-  if tg_op = 'INSERT' then
+  if current_setting('test.restores', true) = 'true' then
+    null;
+  elsif tg_op = 'INSERT' then
     insert into pgonce.word_counts as w (consumer, word, count)
     select c.consumer, new.message_id, 1 from pgonce.consumers c where c.consumer_id = new.consumer_id
     on conflict (consumer, word) do update set count = w.count + 1;
-  elsif current_setting('test.restores', true) = 'true' then
-    null;
   else
     delete from pgonce.word_counts w using pgonce.consumers c
     where c.consumer_id = old.consumer_id and w.consumer = c.consumer and w.word = old.message_id;
@@ -316,6 +316,14 @@ begin
   delete from test.applied a
   where a.consumer_id = reader_id and not exists (
     select from pgonce.word_counts w where w.consumer = restore.consumer and w.word = a.message_id);
+  insert into test.applied (consumer_id, partition, "offset", message_id, key)
+  select reader_id, q.partition, q."offset", q.message_id, q.key
+  from pgonce.word_counts w
+  join pgonce.consumers c using (consumer)
+  join pgonce.queue q on q.topic_id = c.topic_id and q.message_id = w.word
+  where c.consumer_id = reader_id
+    and not exists (select from test.applied a where a.consumer_id = reader_id and a.message_id = w.word)
+  order by q.partition, q."offset";
   perform set_config('test.restores', 'false', true);
   delete from test.totals t where t.consumer_id = reader_id;
   insert into test.totals (consumer_id, partition, total)
@@ -326,6 +334,24 @@ begin
     and f."position" > c.failed;
   perform test.check_moment(restore.consumer);
   return told;
+end $$;
+
+-- For what a restore takes back in the end: received counts what comes again once more.
+create function test.replay(consumer text, from_offset bigint)
+returns bigint
+language plpgsql
+as $$
+declare
+  reader_id integer := test.id_of(replay.consumer);
+  again bigint;
+begin
+  select sum(r.messages) into strict again from pgonce.replay(replay.consumer, replay.from_offset, reapply_effects => true) r;
+  -- Under the locks that it has taken.
+  delete from test.applied a where a.consumer_id = reader_id and a."offset" >= replay.from_offset;
+  update test.totals t
+  set total = (select count(*) from test.applied a where a.consumer_id = t.consumer_id and a.partition = t.partition)
+  where t.consumer_id = reader_id;
+  return again;
 end $$;
 
 -- Takes back what the consumer has applied, as if it had failed after its COMMIT.
