@@ -109,6 +109,8 @@ create or replace function pgonce.restore_table(
 returns void
 language plpgsql volatile
 set enable_nestloop = off
+-- The loop over `unnest` has no other way, and so counts as dear enough to be compiled, each time.
+set jit = off
 set row_security = off
 set datestyle = 'ISO, YMD'
 set intervalstyle = 'postgres'
