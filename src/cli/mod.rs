@@ -14,6 +14,7 @@ mod manual;
 mod message;
 mod migrate;
 mod run;
+mod scenario;
 mod status;
 mod text;
 mod topic;
@@ -64,6 +65,7 @@ enum Command {
     Checkpoint(checkpoint::Checkpoint),
     Replay(checkpoint::Replay),
     Demo(demo::Demo),
+    Scenario(scenario::Scenario),
     Completions(manual::Completions),
     Man(manual::Man),
     Version(version::Version),
@@ -134,6 +136,7 @@ impl Command {
             Self::Checkpoint(command) => command.run().await,
             Self::Replay(command) => command.run().await,
             Self::Demo(command) => command.run().await,
+            Self::Scenario(command) => command.run().await,
             Self::Version(command) => command.run().await,
             Self::Completions(command) => command.run(),
             Self::Man(command) => command.run(),

@@ -121,6 +121,12 @@ impl Target {
         self.common.clone()
     }
 
+    /// How to connect to the first host, for whoever passes on what others say to it.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn first(&self) -> &Config {
+        &self.hosts.first().expect("there is at least one host").config
+    }
+
     /// How long it takes at the most to find that no host lets us in.
     pub(crate) fn wait_max(&self) -> Duration {
         self.connect_timeout.saturating_mul(u32::try_from(self.hosts.len()).unwrap_or(u32::MAX))

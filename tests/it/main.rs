@@ -40,6 +40,7 @@ mod relay;
 mod restore;
 mod retries;
 mod roles;
+mod scenario;
 mod schema;
 mod silence;
 mod sql;

@@ -79,6 +79,9 @@ fn wrong_usage_is_exit_code_2() {
         (&["completions", "csh"], &["csh", "bash"]),
         (&["demo", "--words", "0"], &["--words", "1"]),
         (&["demo", "--workers", "17"], &["17", "16"]),
+        (&["scenario"], &["producer-retry", "delivery-modes"]),
+        (&["scenario", "producer-crash"], &["producer-crash", "producer-retry"]),
+        (&["scenario", "delivery-modes", "--naive"], &["--naive"]),
     ] {
         let output = outcome(arguments);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,0 +1,1 @@
+insert into pgonce.inventory (item, stock) values ($1, $2)

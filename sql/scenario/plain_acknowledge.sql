@@ -1,0 +1,1 @@
+delete from pgonce.plain_queue where id = $1

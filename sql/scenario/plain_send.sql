@@ -1,0 +1,1 @@
+insert into pgonce.plain_queue (payload) values ($1::jsonb)
