@@ -196,12 +196,13 @@ fn hint(error: &Error) -> Option<&str> {
 mod tests {
     use super::*;
 
-    const DOCUMENTS: [&str; 5] = [
+    const DOCUMENTS: [&str; 6] = [
         include_str!("../../README.md"),
         include_str!("../../docs/getting-started-sql.md"),
         include_str!("../../docs/getting-started-rust.md"),
         include_str!("../../docs/getting-started-daemon.md"),
         include_str!("../../docs/operating.md"),
+        include_str!("../../docs/scenarios.md"),
     ];
     /// What ends a command within a line, or stands before one.
     const AROUND: [&str; 6] = ["|", ">", "2>", "2>>", "&", "until"];

@@ -213,6 +213,11 @@ async fn the_guide_to_webhooks_can_be_followed() {
 }
 
 #[tokio::test]
+async fn the_scenarios_are_played_as_shown() {
+    follow_guide("docs/scenarios.md").await;
+}
+
+#[tokio::test]
 async fn what_is_said_about_operating_can_be_run() {
     let database = TestDatabase::new().await;
     create(&database.connect().await, "orders", 1, "billing").await;

@@ -185,6 +185,8 @@ impl Stage {
             Ok(())
         };
         let removed = within("the schema of the play is gone", dropping).await;
-        removed.with_context(|| format!("remove it by hand: drop schema {schema} cascade"))
+        removed.with_context(|| {
+            format!("cannot remove the schema of the play; do it by hand: drop schema {schema} cascade")
+        })
     }
 }
