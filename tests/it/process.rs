@@ -184,7 +184,10 @@ async fn a_daemon_with_a_server_of_its_own_counts_within_a_second_and_leaves_not
 
 /// Runs the demo, and answers its report.
 fn demo(arguments: &[&str]) -> Value {
-    let output = outcome(&[&["demo", "--json"], arguments].concat());
+    let mut command = pgonce(&[&["demo", "--json"], arguments].concat());
+    // What is there for daemons is not for the demo.
+    command.env("PGONCE_DATABASE_URL_FILE", "/none").env("PGONCE_CONFIG", "/none");
+    let output = command.output().expect("the program can be started");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(0), "{said}");
     serde_json::from_slice(&output.stdout).expect("one JSON value and nothing else")

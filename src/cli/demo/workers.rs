@@ -47,6 +47,9 @@ fn start(world: &World) -> anyhow::Result<Child> {
     Command::new(program)
         .args(["run", "--schema", world.schema().name(), "--word-count", &format!("{CONSUMER}={TOPIC}")])
         .env("DATABASE_URL", world.url())
+        // What is in the environment for daemons is not for these.
+        .env_remove("PGONCE_DATABASE_URL_FILE")
+        .env_remove("PGONCE_CONFIG")
         .env("RUST_LOG", "warn")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
