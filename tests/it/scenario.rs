@@ -166,6 +166,8 @@ struct Halted {
     database: TestDatabase,
     client: Client,
     play: Running,
+    /// What it leaves where it is killed goes with it.
+    _directory: tempfile::TempDir,
 }
 
 /// Statements by which a function is called at every update of the inventory of a play.
@@ -196,7 +198,10 @@ impl Halted {
             select pg_advisory_lock(17)";
         client.batch_execute(&[halt, &on_inventory("halt")].join(";")).await.expect("a superuser may");
         let arguments = ["scenario", "consumer-crash", "--database-url", &database.url];
-        let play = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()));
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut command = pgonce(&arguments);
+        command.env("TMPDIR", directory.path()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let play = Running::start(&mut command);
         let waiting = "select pid from pg_stat_activity
              where datname = current_database() and application_name like 'pgonce\\_scenario%' and query like '%inventory%'";
         let pid = eventually("the consumer decrements", async || {
@@ -204,7 +209,7 @@ impl Halted {
         })
         .await;
         until_blocked(&client, pid).await;
-        Self { database, client, play }
+        Self { database, client, play, _directory: directory }
     }
 }
 
