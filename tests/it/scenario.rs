@@ -228,6 +228,24 @@ fn has_process(argument: &str) -> bool {
 }
 
 #[tokio::test]
+async fn the_result_is_what_the_tables_hold_and_pgonce_answers_for_it() {
+    let database = TestDatabase::empty().await;
+    let client = database.connect().await;
+    let twice = "
+        create function public.twice() returns trigger language plpgsql as
+          'begin new.stock := new.stock - 1; return new; end'";
+    client.batch_execute(&[twice, &on_inventory("twice")].join(";")).await.expect("a superuser may");
+    for (side, code) in [(&["--naive"] as &[&str], 0), (&[], 3)] {
+        let arguments = [&["scenario", "consumer-crash", "--json", "--database-url", &database.url], side].concat();
+        let output = outcome(&arguments);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(report["result"], "duplicate_processing");
+    }
+    assert_nothing_is_left(&client).await;
+}
+
+#[tokio::test]
 async fn a_scenario_that_is_interrupted_leaves_nothing() {
     let mut halted = Halted::start().await;
     let schema = schemas(&halted.client).await.pop().expect("that of the play");

@@ -279,6 +279,18 @@ mod tests {
         assert_eq!(faults, [None, Some(Fault::Held), None]);
     }
 
+    #[test]
+    fn what_a_url_says_is_said_by_the_link_too() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let given: Config = r"host=db user='o\'hara' dbname='a b' password='\\ \''".parse().expect("well formed");
+        let config: Config = url_by(&directory, &given, "a play").parse().expect("well formed");
+        assert_eq!(config.get_user(), Some("o'hara"));
+        assert_eq!(config.get_dbname(), Some("a b"));
+        assert_eq!(config.get_password(), Some(br"\ '" as &[u8]));
+        assert_eq!(config.get_application_name(), Some("a play"));
+        assert_eq!(config.get_hosts(), [Host::Unix(directory.path().to_owned())]);
+    }
+
     #[tokio::test]
     async fn a_message_is_read_to_its_end_and_no_longer_than_it_may_be() {
         let mut stream = BufReader::new(b"Z\0\0\0\x05ID\0\0\0\x04X\xff\xff\xff\xff" as &[u8]);
