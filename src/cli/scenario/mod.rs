@@ -152,11 +152,12 @@ impl Scenario {
             };
         }
         let removed = stage.remove().await;
-        match (outcome, removed) {
-            (Ok(outcome), removed) => removed.map(|()| outcome),
-            (Err(error), Ok(())) => Err(error),
-            (Err(error), Err(also)) => Err(error.context(format!("{also:#}"))),
+        if let (Err(_), Err(also)) = (&outcome, &removed) {
+            // What went wrong first is what the program ends with.
+            eprintln!("error: {also:#}");
         }
+        let outcome = outcome?;
+        removed.map(|()| outcome)
     }
 }
 

@@ -49,7 +49,10 @@ impl Stage {
             (Some(server), url)
         };
         let link = Link::start(&url, schema.name())?;
-        Ok(Self { server, database: Database::connect(&url, schema, CONNECTIONS)?, link })
+        let database = Database::connect(&url, schema, CONNECTIONS)?;
+        // Where nobody is let in, nothing needs to be removed.
+        database.session().await?.give_back();
+        Ok(Self { server, database, link })
     }
 
     /// Makes what the plays of these sides need.
