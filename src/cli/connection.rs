@@ -120,7 +120,7 @@ fn read_url(file: &Path) -> anyhow::Result<String> {
     Ok(url.to_owned())
 }
 
-fn parse_schema(name: &str) -> Result<Schema, String> {
+pub(super) fn parse_schema(name: &str) -> Result<Schema, String> {
     Schema::new(name).map_err(|error| match error.hint() {
         Some(hint) => format!("{error}. {hint}"),
         None => error.to_string(),

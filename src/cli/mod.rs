@@ -13,6 +13,7 @@ mod enqueue;
 mod manual;
 mod message;
 mod migrate;
+mod node;
 mod run;
 mod scenario;
 mod status;
@@ -66,6 +67,7 @@ enum Command {
     Replay(checkpoint::Replay),
     Demo(demo::Demo),
     Scenario(scenario::Scenario),
+    Node(node::Node),
     Completions(manual::Completions),
     Man(manual::Man),
     Version(version::Version),
@@ -137,6 +139,7 @@ impl Command {
             Self::Replay(command) => command.run().await,
             Self::Demo(command) => command.run().await,
             Self::Scenario(command) => command.run().await,
+            Self::Node(command) => command.run().await,
             Self::Version(command) => command.run().await,
             Self::Completions(command) => command.run(),
             Self::Man(command) => command.run(),
@@ -196,16 +199,17 @@ fn hint(error: &Error) -> Option<&str> {
 mod tests {
     use super::*;
 
-    const DOCUMENTS: [&str; 6] = [
+    const DOCUMENTS: [&str; 7] = [
         include_str!("../../README.md"),
         include_str!("../../docs/getting-started-sql.md"),
         include_str!("../../docs/getting-started-rust.md"),
         include_str!("../../docs/getting-started-daemon.md"),
         include_str!("../../docs/operating.md"),
         include_str!("../../docs/scenarios.md"),
+        include_str!("../../docs/node.md"),
     ];
     /// What ends a command within a line, or stands before one.
-    const AROUND: [&str; 6] = ["|", ">", "2>", "2>>", "&", "until"];
+    const AROUND: [&str; 7] = ["<<END", "|", ">", "2>", "2>>", "&", "until"];
 
     /// The words of a line of the shell, as far as the documents use it.
     fn words(line: &str) -> Vec<String> {

@@ -218,6 +218,11 @@ async fn the_scenarios_are_played_as_shown() {
 }
 
 #[tokio::test]
+async fn the_page_of_the_node_can_be_followed() {
+    follow_guide("docs/node.md").await;
+}
+
+#[tokio::test]
 async fn what_is_said_about_operating_can_be_run() {
     let database = TestDatabase::new().await;
     create(&database.connect().await, "orders", 1, "billing").await;

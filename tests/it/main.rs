@@ -29,6 +29,7 @@ mod fail_model;
 mod lease;
 mod migrate;
 mod misuse;
+mod node;
 mod pgbouncer;
 mod plans;
 mod process;

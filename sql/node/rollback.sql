@@ -1,0 +1,1 @@
+delete from pgonce_node.outputs where not is_visible

@@ -1,0 +1,1 @@
+select t.turn from pgonce_node.turns t where t.process = $1
