@@ -2,8 +2,10 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
@@ -326,6 +328,7 @@ async fn bad_lines_are_answered_and_change_nothing() {
         (r#"{"src": "c", "dest": "n", "body": ["commit"]}"#.to_owned(), 12),
         (r#"{"src": 1, "body": {"type": "commit"}}"#.to_owned(), 12),
         (r#"{"type": 1}"#.to_owned(), 12),
+        (r#"{"src": "c", "dest": "n", "body": null}"#.to_owned(), 12),
         (r#"{"type": "commit", "type": "commit"}"#.to_owned(), 12),
         (r#"{"type": "commit", "msg_id": "1"}"#.to_owned(), 12),
         (r#"{"type": "commit"} {"type": "commit"}"#.to_owned(), 12),
@@ -467,6 +470,44 @@ async fn a_node_may_lose_its_connection_at_any_message() {
         }
         assert!(survived > 30, "{survived} towards {towards:?}");
     }
+}
+
+#[test]
+fn what_needs_no_database_does_not_wait_for_it_and_a_signal_ends_it() {
+    // Nobody ever answers here.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    let port = silent.local_addr().expect("it is bound").port();
+    let url = format!("postgresql://pgonce@127.0.0.1:{port}/pgonce?sslmode=disable&connect_timeout=600");
+    let mut node = Running::start(&["--database-url", &url]);
+    let init = r#"{"src":"c0","dest":"n1","body":{"type":"init","msg_id":1,"node_id":"n1","node_ids":["n1"]}}"#;
+    // What needs the database is in the same batch, perhaps.
+    node.send(&format!("{init}\n{}\n", process(1, 1)));
+    assert_eq!(node.answer(), r#"{"src":"n1","dest":"c0","body":{"type":"init_ok","in_reply_to":1,"msg_id":0}}"#);
+    let pid = i32::try_from(node.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
+    kill_process(pid, Signal::TERM).expect("a child can be signalled");
+    assert!(node.child.wait().expect("a child can be waited for").success());
+}
+
+#[test]
+fn a_database_that_cannot_be_reached_is_an_error() {
+    let output = pipelined(&mut node(&["--database-url", "postgresql://pgonce@127.0.0.1:1/pgonce"]), "");
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("127.0.0.1"));
+}
+
+#[tokio::test]
+async fn a_signal_ends_it_well_between_lines() {
+    let database = TestDatabase::new().await;
+    let url = database.url.clone();
+    blocking(move || {
+        let mut node = Running::start(&["--database-url", &url]);
+        node.ask(&process(1, 1));
+        let pid = i32::try_from(node.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
+        kill_process(pid, Signal::TERM).expect("a child can be signalled");
+        assert!(node.child.wait().expect("a child can be waited for").success());
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -149,8 +149,7 @@ impl Engine {
         }
         let turn: [Parameter; 2] = [(&self.process, Type::UUID), (&self.turn, Type::INT8)];
         transaction.query_typed(&self.statements.take_turn, &turn).await?;
-        let answers = self.apply(&transaction, unit).await;
-        let answers = match answers {
+        let answers = match self.apply(&transaction, unit).await {
             Ok(answers) => answers,
             Err(error) => {
                 transaction.rollback().await?;
@@ -260,6 +259,10 @@ impl Engine {
                 Stored::Poll { max } => answers.push(self.poll(transaction, *max).await?),
             }
         }
+        if answers.len() != unit.len() {
+            let message = format!("{} answers to {} requests", answers.len(), unit.len());
+            return Err(Error::new(ErrorKind::Defect, message));
+        }
         Ok(answers)
     }
 
@@ -331,14 +334,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Hands out what was not delivered yet, up to `max` messages.
+    /// Hands out the next messages that were not delivered yet, up to `max`.
     async fn poll(&self, transaction: &Transaction<'_>, max: i32) -> Result<Answer, Error> {
         let relay: [Parameter; 2] = [(&TOPIC, Type::TEXT), (&max, Type::INT4)];
+        let receive: [Parameter; 3] = [(&READER, Type::TEXT), (&max, Type::INT4), (&DELIVERIES, Type::TEXT)];
         let mut messages: Vec<Box<RawValue>> = Vec::new();
         for _ in 0..ROUNDS_MAX {
             transaction.query_typed(&self.statements.relay, &relay).await?;
-            let wanted = max - i32::try_from(messages.len()).unwrap_or(max);
-            let receive: [Parameter; 3] = [(&READER, Type::TEXT), (&wanted, Type::INT4), (&DELIVERIES, Type::TEXT)];
             let rows = transaction.query_typed(&self.statements.poll, &receive).await?;
             for row in &rows {
                 if !row.try_get::<_, bool>("was_duplicate")? {

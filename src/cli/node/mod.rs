@@ -12,9 +12,10 @@ mod statements;
 use std::io::Write;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::Outcome;
 use super::connection::parse_schema;
@@ -23,7 +24,7 @@ use crate::{Database, Schema, Shutdown};
 
 use engine::Engine;
 use input::Bytes;
-use protocol::{Answer, Conversation, Request};
+use protocol::{Conversation, Line, Refusal, Request, Stored};
 
 /// Most lines of one transaction.
 const BATCH_LINES_MAX: usize = 1_000;
@@ -52,85 +53,117 @@ pub(super) struct Node {
     fresh: bool,
 }
 
+/// What stands behind the answers.
+struct World {
+    engine: Engine,
+    server: Option<PrivateServer>,
+}
+
+/// The world, and what makes it.
+struct Opening {
+    task: JoinHandle<anyhow::Result<World>>,
+    opened: Option<World>,
+}
+
 impl Node {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         let shutdown = Shutdown::on_signals(GRACEFUL_STOP).context("cannot listen for signals")?;
-        let (server, url) = if let Some(url) = self.database_url {
-            (None, url)
-        } else {
-            // The start may be dropped: the server's guardian removes what is there when this process has ended.
-            let start = tokio::task::spawn_blocking(|| PrivateServer::start(&Options::default()));
-            let server = tokio::select! {
-                server = start => server??,
-                () = shutdown.stopping() => bail!("interrupted"),
-            };
-            let url = server.url("pgonce");
-            (Some(server), url)
-        };
-        let database = Database::connect(&url, self.schema.unwrap_or_default(), 1)?;
-        // Dropped at any point it is as if it were killed: a batch is committed or not, and its lines are not answered.
-        let outcome = shutdown.or_aborted(converse(database, self.fresh, &shutdown)).await;
-        if let Some(server) = server {
+        let mut opening = Opening { task: tokio::spawn(self.open()), opened: None };
+        // Dropped at any point it is as if it were killed: a batch is committed or not, and its lines are not answered. What is
+        // not opened yet is removed by the server's guardian when this process has ended.
+        let outcome = shutdown.or_aborted(converse(&mut opening, &shutdown)).await;
+        if let Some(World { server: Some(server), .. }) = opening.opened {
             tokio::task::spawn_blocking(move || server.stop()).await??;
         }
         outcome.unwrap_or(Ok(Outcome::Done))
     }
+
+    async fn open(self) -> anyhow::Result<World> {
+        let (server, url) = if let Some(url) = self.database_url {
+            (None, url)
+        } else {
+            let server = tokio::task::spawn_blocking(|| PrivateServer::start(&Options::default())).await??;
+            let url = server.url("pgonce");
+            (Some(server), url)
+        };
+        let database = Database::connect(&url, self.schema.unwrap_or_default(), 1)?;
+        Ok(World { engine: Engine::open(database, self.fresh).await?, server })
+    }
 }
 
-/// Answers lines until their end, or until it is asked to stop.
-async fn converse(database: Database, fresh: bool, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
-    let mut engine = Engine::open(database, fresh).await?;
+impl Opening {
+    async fn engine(&mut self) -> anyhow::Result<&mut Engine> {
+        if self.opened.is_none() {
+            self.opened = Some((&mut self.task).await??);
+        }
+        self.opened.as_mut().map(|world| &mut world.engine).context("there is no database")
+    }
+}
+
+/// Answers lines until their end, or until it is asked to stop. What needs no database does not wait for it to be opened.
+async fn converse(opening: &mut Opening, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
     let mut conversation = Conversation::default();
     // Some lines wait while others are answered.
     let (give, mut arrived) = mpsc::channel(1);
     let reader = tokio::task::spawn_blocking(move || input::read(std::io::stdin(), &give));
     loop {
-        // Receiving is safe to cancel: lines that were not taken stay, and are not answered.
+        let is_opening = opening.opened.is_none();
+        // All arms only wait: lines that were not taken stay, and so does the task that opens.
         let lines = tokio::select! {
             biased;
             () = shutdown.stopping() => return Ok(Outcome::Done),
+            opened = opening.engine(), if is_opening => {
+                opened?;
+                continue;
+            }
             lines = arrived.recv() => lines,
         };
         let Some(lines) = lines else { break };
         for batch in lines.chunks(BATCH_LINES_MAX) {
-            let answers = answer(&mut engine, &mut conversation, batch).await?;
-            tokio::task::spawn_blocking(move || write(&answers)).await??;
+            let requests: Vec<_> = batch.iter().map(read).collect();
+            let at_once = if opening.opened.is_some() {
+                0
+            } else {
+                requests.iter().position(|(_, request)| stored(request).is_some()).unwrap_or(requests.len())
+            };
+            let (at_once, later) = requests.split_at(at_once);
+            write(conversation.write_all(at_once, Vec::new())?).await?;
+            if !later.is_empty() {
+                let later_stored: Vec<&Stored> = later.iter().filter_map(|(_, request)| stored(request)).collect();
+                // Both only wait.
+                let engine = tokio::select! {
+                    engine = opening.engine() => engine?,
+                    () = shutdown.stopping() => return Ok(Outcome::Done),
+                };
+                let answers = engine.answer(&later_stored).await;
+                write(conversation.write_all(later, answers)?).await?;
+            }
         }
     }
+    // An end of the input hides no failure of the database.
+    opening.engine().await?;
     reader.await?.context("cannot read standard input")?;
     Ok(Outcome::Done)
 }
 
-/// The answers to some lines, a line each.
-async fn answer(engine: &mut Engine, conversation: &mut Conversation, batch: &[Bytes]) -> anyhow::Result<String> {
-    let read = |bytes: &Bytes| match bytes {
+fn read(bytes: &Bytes) -> (Line, Result<Request, Refusal>) {
+    match bytes {
         Some(bytes) => protocol::read(bytes),
-        None => (protocol::Line::default(), Err(protocol::too_long())),
-    };
-    let requests: Vec<_> = batch.iter().map(read).collect();
-    let stored: Vec<_> = requests
-        .iter()
-        .filter_map(|(_, request)| if let Ok(Request::Stored(stored)) = request { Some(stored) } else { None })
-        .collect();
-    let mut stored = engine.answer(&stored).await.into_iter();
-    let mut text = String::new();
-    for (line, request) in requests {
-        let answer = match request {
-            Ok(Request::Init { node_id }) => {
-                conversation.begin(&node_id);
-                Answer::InitOk {}
-            }
-            Ok(Request::Echo(echo)) => Answer::EchoOk { echo },
-            Ok(Request::Stored(_)) => stored.next().context("a request has no answer")?,
-            Err(refusal) => refusal.into(),
-        };
-        conversation.write(&line, &answer, &mut text)?;
+        None => (Line::default(), Err(protocol::too_long())),
     }
-    Ok(text)
 }
 
-fn write(answers: &str) -> std::io::Result<()> {
-    let mut output = std::io::stdout().lock();
-    output.write_all(answers.as_bytes())?;
-    output.flush()
+/// What a request asks of the database.
+fn stored(request: &Result<Request, Refusal>) -> Option<&Stored> {
+    if let Ok(Request::Stored(stored)) = request { Some(stored) } else { None }
+}
+
+/// Where nobody reads, a thread waits and not the runtime: a signal still ends it.
+async fn write(answers: String) -> anyhow::Result<()> {
+    let written = tokio::task::spawn_blocking(move || {
+        let mut output = std::io::stdout().lock();
+        output.write_all(answers.as_bytes())?;
+        output.flush()
+    });
+    Ok(written.await??)
 }

@@ -182,13 +182,31 @@ impl From<Refusal> for Answer {
 }
 
 impl Conversation {
-    /// From here on answers are envelopes.
-    pub(super) fn begin(&mut self, node_id: &str) {
-        self.node_id = Some(node_id.to_owned());
+    /// Writes the answers to some lines, a line each. Those of the database are given, in their order.
+    pub(super) fn write_all(
+        &mut self,
+        requests: &[(Line, Result<Request, Refusal>)],
+        stored: Vec<Answer>,
+    ) -> serde_json::Result<String> {
+        let mut text = String::new();
+        let mut stored = stored.into_iter();
+        for (line, request) in requests {
+            let answer = match request {
+                Ok(Request::Init { node_id }) => {
+                    self.node_id = Some(node_id.clone());
+                    Answer::InitOk {}
+                }
+                Ok(Request::Echo(echo)) => Answer::EchoOk { echo: echo.clone() },
+                Ok(Request::Stored(_)) => stored.next().expect("the database has answered each request"),
+                Err(refusal) => refusal.clone().into(),
+            };
+            self.write(line, &answer, &mut text)?;
+        }
+        Ok(text)
     }
 
     /// Writes the answer to a line, with its end.
-    pub(super) fn write(&mut self, line: &Line, answer: &Answer, output: &mut String) -> serde_json::Result<()> {
+    fn write(&mut self, line: &Line, answer: &Answer, output: &mut String) -> serde_json::Result<()> {
         #[derive(Serialize)]
         struct Body<'a> {
             r#type: &'static str,
@@ -254,16 +272,16 @@ fn request(text: &str, line: &mut Line) -> Result<Request, Refusal> {
         return Err(Refusal::malformed(format!("the line is nested deeper than {DEPTH_MAX}")));
     }
     let outer: Outer = object("the line", text)?;
-    let body = match outer {
-        Outer { r#type: Some(_), .. } => text,
+    match outer {
+        Outer { r#type: Some(_), .. } => request_of(text, line),
         Outer { src, dest, body: Some(body), .. } => {
+            let request = request_of(body.get(), line);
             line.src = src.map(|src| value("src", src)).transpose()?;
             line.dest = dest.map(|dest| value("dest", dest)).transpose()?;
-            body.get()
+            request
         }
-        _ => return Err(Refusal::malformed("the line has neither a body nor a type")),
-    };
-    request_of(body, line)
+        _ => Err(Refusal::malformed("the line has neither a body nor a type")),
+    }
 }
 
 fn request_of(body: &str, line: &mut Line) -> Result<Request, Refusal> {
