@@ -448,6 +448,7 @@ async fn a_node_may_lose_its_connection_at_any_message() {
         r#"{"type": "committed", "output_count": 1}"#,
     ];
     let database = TestDatabase::new().await;
+    let client = database.connect().await;
     for towards in [Towards::Server, Towards::Client] {
         let (mut after, mut survived) = (0, 0);
         loop {
@@ -459,6 +460,7 @@ async fn a_node_may_lose_its_connection_at_any_message() {
             if output.status.success() {
                 survived += 1;
                 assert_eq!(answered.lines().collect::<Vec<_>>(), expected, "{after} towards {towards:?}");
+                assert_eq!(state(&client).await, ["e1", "output e1 w1 1 t", "w1 1"], "{after} towards {towards:?}");
             } else {
                 // It was not ready yet.
                 assert_eq!((answered.as_str(), survived), ("", 0), "{after} towards {towards:?}");
@@ -508,6 +510,36 @@ async fn a_signal_ends_it_well_between_lines() {
         assert!(node.child.wait().expect("a child can be waited for").success());
     })
     .await;
+}
+
+#[tokio::test]
+async fn what_a_lost_commit_did_not_do_is_done_again() {
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    let url = database.url.clone();
+    let mut node = blocking(move || {
+        let mut node = Running::start(&["--database-url", &url]);
+        node.ask(&process(1, 1));
+        node
+    })
+    .await;
+    // A sequence is not rolled back: it is once that the session ends within its COMMIT.
+    let end_once = "create sequence commits;
+        create function end_once() returns trigger language plpgsql as $$
+        begin
+          if nextval('commits') = 1 then
+            perform pg_terminate_backend(pg_backend_pid());
+            perform pg_sleep(60);
+          end if;
+          return null;
+        end $$;
+        create constraint trigger end_once after update on pgonce_node.turns
+        deferrable initially deferred for each row execute function end_once();";
+    client.batch_execute(end_once).await.expect("created");
+    let counted = blocking(move || node.ask(&process(2, 1))).await;
+    assert!(counted.ends_with(r#""count": 2, "was_duplicate": false}"#), "{counted}");
+    assert_eq!(texts(&client, "select last_value::text from commits").await, ["2"]);
+    assert_eq!(state(&client).await, ["e1", "e2", "output e1 w1 1 f", "output e2 w1 2 f", "w1 2"]);
 }
 
 #[tokio::test]
