@@ -40,7 +40,7 @@ const GRACEFUL_STOP: Duration = Duration::from_secs(5);
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     echo '{\"type\": \"process\", \"msg_id\": 1, \"event_id\": \"e1\", \"word\": \"hello\"}' | pgonce node\n  \
-    maelstrom test -w echo --bin node.sh --node-count 1    # node.sh: exec pgonce node")]
+    maelstrom test -w echo --bin ./node.sh --node-count 1    # node.sh: exec pgonce node")]
 pub(super) struct Node {
     /// Use this database instead of a private one. Several nodes may share it.
     #[arg(long, value_name = "URL")]
@@ -130,8 +130,9 @@ async fn converse(opening: &mut Opening, shutdown: &Shutdown) -> anyhow::Result<
             write(conversation.write_all(at_once, Vec::new())?).await?;
             if !later.is_empty() {
                 let later_stored: Vec<&Stored> = later.iter().filter_map(|(_, request)| stored(request)).collect();
-                // Both only wait.
+                // Both only wait. Lines at hand are answered where that can be.
                 let engine = tokio::select! {
+                    biased;
                     engine = opening.engine() => engine?,
                     () = shutdown.stopping() => return Ok(Outcome::Done),
                 };
