@@ -27,7 +27,7 @@ const MIGRATIONS: &[&str] = &[concat!(
 const _: () = assert!(MIGRATIONS.len() == SCHEMA_VERSION as usize, "one migration for each version");
 
 /// Functions and views, in an order in which each finds what it needs. A name stands for one of them.
-const ROUTINES: &[&str] = &[
+pub(crate) const ROUTINES: &[&str] = &[
     include_str!("../sql/routines/topic.sql"),
     include_str!("../sql/routines/enqueue.sql"),
     include_str!("../sql/routines/relay_bound.sql"),
@@ -131,8 +131,8 @@ pub async fn planned_migration<C: GenericClient>(client: &C, schema: &Schema) ->
     };
     found.refuse_newer()?;
     let is_current = found.version > SCHEMA_VERSION
-        || found.version == SCHEMA_VERSION
-            && (found.digest == digest(&routines(schema)) || is_of_newer_program(&found));
+        || is_own(&found, schema)
+        || found.version == SCHEMA_VERSION && is_of_newer_program(&found);
     Ok(if is_current { Migration::Current } else { Migration::Upgraded { from: found.version } })
 }
 
@@ -194,6 +194,11 @@ fn routine_names() -> impl Iterator<Item = &'static str> {
         let is_definition = what.starts_with("create") && (what.ends_with("function") || what.ends_with("view"));
         named.split(['(', ' ']).next().filter(|_| is_definition)
     })
+}
+
+/// Whether what is installed is what this program installs.
+pub(crate) fn is_own(found: &Installed, schema: &Schema) -> bool {
+    found.version == SCHEMA_VERSION && found.digest == digest(&routines(schema))
 }
 
 fn digest(text: &str) -> String {

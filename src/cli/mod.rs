@@ -9,6 +9,7 @@ mod connection;
 mod consumer;
 mod dead_letter;
 mod demo;
+mod doctor;
 mod enqueue;
 mod manual;
 mod message;
@@ -59,6 +60,7 @@ enum Command {
     Consume(run::Consume),
     Enqueue(enqueue::Enqueue),
     Status(status::Status),
+    Doctor(doctor::Doctor),
     Topic(topic::Topic),
     Consumer(consumer::Consumer),
     Message(message::Message),
@@ -80,6 +82,8 @@ const LOG_FILTER: &str = "info,deadpool=off,tokio_postgres=warn";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Done,
+    /// The report says what is wrong.
+    Faulty,
     Violated,
 }
 
@@ -112,6 +116,7 @@ pub fn main() -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Faulty) => ExitCode::from(1),
         Ok(Outcome::Violated) => ExitCode::from(3),
         // Nobody reads any more, as behind `head`: that is no failure.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -131,6 +136,7 @@ impl Command {
             Self::Consume(command) => command.run().await,
             Self::Enqueue(command) => command.run().await,
             Self::Status(command) => command.run().await,
+            Self::Doctor(command) => command.run().await,
             Self::Topic(command) => command.run().await,
             Self::Consumer(command) => command.run().await,
             Self::Message(command) => command.run().await,
@@ -199,12 +205,13 @@ fn hint(error: &Error) -> Option<&str> {
 mod tests {
     use super::*;
 
-    const DOCUMENTS: [&str; 7] = [
+    const DOCUMENTS: [&str; 8] = [
         include_str!("../../README.md"),
         include_str!("../../docs/getting-started-sql.md"),
         include_str!("../../docs/getting-started-rust.md"),
         include_str!("../../docs/getting-started-daemon.md"),
         include_str!("../../docs/operating.md"),
+        include_str!("../../docs/doctor.md"),
         include_str!("../../docs/scenarios.md"),
         include_str!("../../docs/node.md"),
     ];

@@ -20,6 +20,8 @@ mod container;
 mod cut;
 mod dead_letter;
 mod delivery;
+mod design;
+mod doctor;
 mod documents;
 mod dump;
 mod enqueue;

@@ -10,6 +10,7 @@ use pgonce::{Consumer, Database, Producer, Relay, Schema, Shutdown, Worker, migr
 use tokio::task::JoinSet;
 use tokio_postgres::NoTls;
 
+use crate::doctor::{checks, report};
 use crate::probe::{WAIT_MAX, create, eventually, number, word, word_counts};
 use crate::programs::{Running, postgresql};
 
@@ -24,7 +25,7 @@ fn program() -> Option<PathBuf> {
 }
 
 /// Starts PgBouncer in front of a server, as the server's user, with its socket in a directory.
-fn start(program: &Path, server: &Path, directory: &Path) -> Running {
+fn start(program: &Path, server: &Path, directory: &Path, pool_mode: &str) -> Running {
     let settings = format!(
         "[databases]
          pgonce = host={server} port=5432 user=pgonce
@@ -32,7 +33,7 @@ fn start(program: &Path, server: &Path, directory: &Path) -> Running {
          listen_port = 6432
          unix_socket_dir = {directory}
          auth_type = any
-         pool_mode = transaction
+         pool_mode = {pool_mode}
          default_pool_size = {SERVER_CONNECTIONS}
          ",
         server = server.display(),
@@ -61,7 +62,7 @@ async fn everything_goes_through_pgbouncer_that_pools_transactions() {
     let start_server = || PrivateServer::start(&Options::default()).expect("a server starts");
     let server = tokio::task::spawn_blocking(start_server).await.expect("no panic");
     let directory = tempfile::tempdir().expect("a directory");
-    let bouncer = start(&program, server.directory(), directory.path());
+    let bouncer = start(&program, server.directory(), directory.path(), "transaction");
     let url = format!("postgresql:///pgonce?host={}&port=6432&user=pgonce", directory.path().display());
     let pool = Database::connect(&url, Schema::default(), 8).expect("a good URL");
     let mut session = eventually("PgBouncer lets us in", async || pool.session().await.ok()).await;
@@ -112,5 +113,39 @@ async fn everything_goes_through_pgbouncer_that_pools_transactions() {
     assert_eq!(report.applied + by_hand, total.unsigned_abs());
     assert_eq!(word_counts(&direct, CONSUMER).await, [("once".to_owned(), total)].into());
     drop(bouncer);
+    tokio::task::spawn_blocking(move || server.stop()).await.expect("no panic").expect("the server stops");
+}
+
+#[tokio::test]
+async fn the_doctor_notices_what_it_pools() {
+    let Some(program) = program() else {
+        eprintln!("SKIPPED: there is no pgbouncer on this machine; Debian has it in the package pgbouncer");
+        return;
+    };
+    let start_server = || PrivateServer::start(&Options::default()).expect("a server starts");
+    let server = tokio::task::spawn_blocking(start_server).await.expect("no panic");
+    let database = Database::connect(&server.url("pgonce"), Schema::default(), 1).expect("a good URL");
+    let mut session = database.session().await.expect("it is running");
+    migrate(&mut session, database.schema()).await.expect("migrated");
+    // What the doctor says of a private server in any case.
+    let direct = ["fsync", "full-page-writes"];
+    for (pool_mode, more) in [
+        ("session", &[][..]),
+        ("transaction", &["pooler-transactions"]),
+        ("statement", &["pooler-statements", "pooler-transactions", "unexamined"]),
+    ] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let bouncer = start(&program, server.directory(), directory.path(), pool_mode);
+        let url = format!("postgresql:///pgonce?host={}&port=6432&user=pgonce", directory.path().display());
+        let pool = Database::connect(&url, Schema::default(), 1).expect("a good URL");
+        eventually("PgBouncer lets us in", async || pool.session().await.ok()).await.give_back();
+        pool.close();
+        let (code, report) = report(&url);
+        let expected = direct.iter().filter(|_| pool_mode != "statement").chain(more).copied().collect();
+        assert_eq!(checks(&report), expected, "{pool_mode}\n{report:#}");
+        assert_eq!(code, Some(1));
+        drop(bouncer);
+    }
+    drop(session);
     tokio::task::spawn_blocking(move || server.stop()).await.expect("no panic").expect("the server stops");
 }

@@ -1,0 +1,25 @@
+-- Consumers whose guarantee is a weaker one, and those that nobody runs. That a consumer is at_least_once leaves no trace.
+select
+  'external-consumers' as "check",
+  format('consumer %s is external', c.consumer) as subject,
+  null as remedy
+from pgonce.consumers c
+where c.kind = 'external'
+union all
+select distinct 'weaker-modes', format('consumer %s is at_most_once', o.consumer), null
+from pgonce.consumer_offsets o
+where o.handler is not null
+union all
+select
+  'unattended-consumers',
+  format('nobody runs consumer %s; it lags %s messages behind, %s are parked%s', l.consumer, l.lag, l.parked,
+         case when l.paused then ', and it is paused' end),
+  format('run it, or let go of what waits: pgonce consumer delete %s', l.consumer)
+from pgonce.consumer_lag l
+where (l.lag > 0 or l.parked > 0)
+  and coalesce(l.sessions, 0) = 0
+  and not exists (
+    select from pgonce.members m
+    where l.consumer = any (m.consumers) and m.beat_at > clock_timestamp() - interval '5 seconds'
+      and exists (select from pg_stat_activity a where a.pid = m.pid))
+order by 1, 2

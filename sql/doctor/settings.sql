@@ -1,0 +1,56 @@
+-- Settings of the server, of roles, of databases and of functions by which a commit that was reported may be lost, or
+-- nothing can be written.
+select
+  case s.name when 'fsync' then 'fsync' else 'full-page-writes' end as "check",
+  format('%s is off', s.name) as subject,
+  format('alter system set %s = on; select pg_reload_conf()', s.name) as remedy
+from pg_settings s
+where s.name in ('fsync', 'full_page_writes') and s.setting = 'off'
+union all
+select
+  'synchronous-commit',
+  format('synchronous_commit is %s in %s', s.setting, case
+    when s.source in ('client', 'session') then 'this session'
+    else 'the configuration of the server' end),
+  case when s.source in ('client', 'session') then 'take it out of PGOPTIONS or the options of the URL'
+    else 'alter system set synchronous_commit = on; select pg_reload_conf()' end
+from pg_settings s
+-- Those of roles and databases come below.
+where s.name = 'synchronous_commit' and s.source not in ('database', 'user', 'database user', 'global')
+  and (s.setting = 'off' or s.setting = 'local' and current_setting('synchronous_standby_names') <> '')
+union all
+select
+  'synchronous-commit',
+  format('%s for %s', c.setting, f.target),
+  format('alter %s reset synchronous_commit', f.target)
+from pg_db_role_setting d
+cross join lateral unnest(d.setconfig) c(setting)
+cross join lateral (
+  select case
+    when d.setrole = 0 then format('database %I', current_database())
+    when d.setdatabase = 0 then format('role %s', d.setrole::regrole)
+    else format('role %s in database %I', d.setrole::regrole, current_database())
+  end as target) f
+where d.setdatabase in (0, (select b.oid from pg_database b where b.datname = current_database()))
+  and (c.setting ~* '^synchronous_commit=(off|false|no|0)$'
+    or c.setting ~* '^synchronous_commit=local$' and current_setting('synchronous_standby_names') <> '')
+union all
+select
+  'synchronous-commit',
+  format('%s for function %s', c.setting, p.oid::regprocedure),
+  format('alter function %s reset synchronous_commit', p.oid::regprocedure)
+from pg_proc p
+cross join lateral unnest(p.proconfig) c(setting)
+where p.pronamespace = (select h.relnamespace from pg_class h where h.oid = 'pgonce.schema_versions'::regclass)
+  and c.setting ~* '^synchronous_commit=(off|false|no|0)$'
+union all
+select 'read-only', 'this server is a standby', 'connect to the primary: target_session_attrs=read-write'
+where pg_is_in_recovery()
+union all
+-- This transaction is read-only by itself.
+select
+  'read-only',
+  format('default_transaction_read_only is on (%s)', s.source),
+  'reset default_transaction_read_only where it was set'
+from pg_settings s
+where s.name = 'default_transaction_read_only' and s.setting = 'on'

@@ -1,0 +1,114 @@
+//! `pgonce doctor`: what keeps an installation, or a design on paper, from exactly-once semantics.
+//!
+//! All that is asked of a database is asked in one read-only transaction, with the rights of the caller. A check that the
+//! caller may not make is a fault of its own: nothing is left out in silence.
+
+mod checks;
+mod design;
+mod examine;
+mod routines;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+
+use self::checks::{Finding, Severity};
+use super::Outcome;
+use super::connection::Connection;
+use super::text::{count, print_json, say};
+
+/// What is said where nothing is in the way.
+const CAN: &str = "System can achieve exactly-once semantics";
+const RED: &str = "\x1b[31m";
+const YELLOW: &str = "\x1b[33m";
+const GREEN: &str = "\x1b[32m";
+const PLAIN: &str = "\x1b[0m";
+
+/// Find what keeps an installation from its promises, each with its consequence and what helps.
+///
+/// Only reads, with the rights of the role that it connects as; the owner of the schema, with the rights of
+/// `pg_read_all_stats`, sees all. docs/doctor.md lists the checks.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  pgonce doctor --database-url postgresql://app@db/app\n  pgonce doctor --design shop.toml\n\n\
+    Exit code 1 where there is a fault. Warnings leave it at 0."
+)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    connection: Connection,
+    /// Judge a design instead, which a file declares in JSON or TOML by the switches `producerDeduplication`,
+    /// `duplicateDetection`, `exactlyOnceSemantics`, `consumerDeduplication`, `atomicProcessing`, `transactionSupport` and
+    /// `twoPhaseCommit`, each true or false. No database is needed.
+    #[arg(long, value_name = "FILE")]
+    design: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was found.
+#[derive(Debug, Serialize)]
+struct Report {
+    findings: Vec<Finding>,
+    can_achieve_exactly_once: bool,
+}
+
+impl Doctor {
+    pub(super) async fn run(self) -> anyhow::Result<Outcome> {
+        let findings = match &self.design {
+            Some(file) => design::judge(file)?,
+            None => examine::examine(&self.connection).await?,
+        };
+        let can_achieve_exactly_once = findings.iter().all(|finding| finding.severity != Severity::Fault);
+        let report = Report { findings, can_achieve_exactly_once };
+        if self.json {
+            print_json(&report)?;
+        } else if self.design.is_some() {
+            report.print_messages()?;
+        } else {
+            report.print()?;
+        }
+        Ok(if can_achieve_exactly_once { Outcome::Done } else { Outcome::Faulty })
+    }
+}
+
+impl Report {
+    /// What a design lacks, in a line each.
+    fn print_messages(&self) -> std::io::Result<()> {
+        for finding in &self.findings {
+            say!("{}", finding.subject)?;
+        }
+        if self.can_achieve_exactly_once {
+            say!("{CAN}")?;
+        }
+        Ok(())
+    }
+
+    fn print(&self) -> std::io::Result<()> {
+        let is_coloured =
+            std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        let in_colour = |colour: &str, text: &str| {
+            if is_coloured { format!("{colour}{text}{PLAIN}") } else { text.to_owned() }
+        };
+        let mut numbers = Vec::new();
+        for (severity, colour) in [(Severity::Fault, RED), (Severity::Warning, YELLOW)] {
+            let of_it: Vec<&Finding> = self.findings.iter().filter(|finding| finding.severity == severity).collect();
+            let (word, number) = (severity.word(), i128::try_from(of_it.len()).unwrap_or(i128::MAX));
+            for finding in of_it {
+                say!("{} {}: {}", in_colour(colour, word), finding.check, finding.subject)?;
+                say!("  {}", finding.consequence)?;
+                say!("  remedy: {}\n", finding.remedy)?;
+            }
+            if number > 0 {
+                numbers.push(count(number, word));
+            }
+        }
+        if self.can_achieve_exactly_once {
+            say!("{}", in_colour(GREEN, CAN))
+        } else {
+            say!("{}", in_colour(RED, &numbers.join(", ")))
+        }
+    }
+}
