@@ -17,6 +17,8 @@ select
   format('run it, or let go of what waits: pgonce consumer delete %s', l.consumer)
 from pgonce.consumer_lag l
 where (l.lag > 0 or l.parked > 0)
+  -- A standby does not know who runs what at the primary; that it says by itself (owners.sql).
+  and not pg_is_in_recovery()
   and coalesce(l.sessions, 0) = 0
   and not exists (
     select from pgonce.members m

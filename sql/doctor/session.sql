@@ -1,8 +1,8 @@
--- Who answers, and as whom.
+-- Who answers, and as whom. In no transaction of the doctor's yet, so that every name is qualified.
 select
-  pg_backend_pid() as pid,
+  pg_catalog.pg_backend_pid() as pid,
   current_user::text as role,
-  pg_get_userbyid(c.relowner)::text as owner,
-  extract(epoch from clock_timestamp())::float8 as seconds
-from pg_class c
-where c.oid = 'pgonce.schema_versions'::regclass
+  pg_catalog.pg_get_userbyid(c.relowner)::text as owner,
+  extract(epoch from pg_catalog.clock_timestamp())::float8 as seconds
+from pg_catalog.pg_class c
+where c.oid operator(pg_catalog.=) 'pgonce.schema_versions'::regclass

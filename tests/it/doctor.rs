@@ -207,6 +207,57 @@ async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
 }
 
 #[tokio::test]
+async fn the_lists_have_all_that_the_migrations_make() {
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    let constraints = include_str!("../../sql/doctor/constraints.sql");
+    let made = "
+        select format('(%L, %L, %L)', c.relname, k.conname, pg_get_constraintdef(k.oid))
+        from pg_constraint k join pg_class c on c.oid = k.conrelid
+        where c.relnamespace = 'pgonce'::regnamespace and c.relkind = 'r' and k.contype in ('c', 'f', 'p', 'u')
+        union all
+        select format('(%L, %L, %L)', c.relname, x.relname, pg_get_indexdef(x.oid))
+        from pg_index i join pg_class c on c.oid = i.indrelid join pg_class x on x.oid = i.indexrelid
+        where c.relnamespace = 'pgonce'::regnamespace
+          and not exists (select from pg_constraint k where k.conindid = x.oid and k.conrelid = c.oid)";
+    let made = texts(&client, made).await;
+    assert_eq!(made.len(), constraints.matches("\n  ('").count());
+    for one in made {
+        assert!(constraints.contains(&one), "{one}");
+    }
+    let tables = include_str!("../../sql/doctor/tables.sql");
+    let made = "select relname::text from pg_class where relnamespace = 'pgonce'::regnamespace and relkind = 'r'";
+    let made = texts(&client, made).await;
+    assert_eq!(made.len(), tables.matches("\n  ('").count());
+    for one in made {
+        assert!(tables.contains(&format!("\n  ('{one}',\n")), "{one}");
+    }
+    let columns = "
+        select count(*) from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0
+        where c.relnamespace = 'pgonce'::regnamespace and c.relkind = 'r'";
+    let listed = tables.lines().filter(|line| line.starts_with("   '")).map(|line| 1 + line.matches(", ").count());
+    assert_eq!(i64::try_from(listed.sum::<usize>()).expect("small"), number(&client, columns).await);
+}
+
+#[tokio::test]
+async fn nothing_is_wrong_while_a_worker_runs_whatever_the_search_path_is() {
+    let clinic = Clinic::open().await;
+    let url = clinic.url();
+    let arguments = ["run", "--database-url", &url, "--word-count", "counter=words"];
+    let worker = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::null()));
+    eventually("it is a member", async || {
+        (number(&clinic.client, "select count(*) from pgonce.members").await == 1).then_some(())
+    })
+    .await;
+    clinic.run(include_str!("hostile.sql")).await;
+    clinic.run("alter database pgonce set search_path = evil, pg_catalog").await;
+    clinic.run("select pgonce.enqueue('words', '{\"word\": \"a\"}') from pg_catalog.generate_series(1, 1000)").await;
+    clinic.expect("a worker runs", &[], false);
+    worker.finish();
+    clinic.close().await;
+}
+
+#[tokio::test]
 async fn functions_and_views_that_were_altered_are_found_and_installed_anew() {
     let clinic = Clinic::open().await;
     let anew = migration_sql(&Schema::default(), 1);

@@ -72,7 +72,9 @@ pub(super) async fn examine(connection: &Connection) -> anyhow::Result<Vec<Findi
     let mut examination =
         Examination { schema, role: first.role.clone(), owner: first.owner.clone(), findings: Vec::new() };
     let again = examination.examine_connections(&database, &session, &first).await?;
-    examination.examine_clock(&first, &again)?;
+    if let Some(subject) = clock_distance(&[first.ahead_seconds, again.ahead_seconds]) {
+        examination.add("clock", subject, None)?;
+    }
     let begun = session.build_transaction().read_only(true).start().await;
     match begun {
         Ok(mut transaction) => {
@@ -122,6 +124,14 @@ fn ahead(asked: SystemTime, shown: f64, answered: SystemTime) -> f64 {
     }
 }
 
+/// What there is to say of the distance of a clock, of which each number is a lower limit.
+fn clock_distance(ahead_seconds: &[f64]) -> Option<String> {
+    let ahead = ahead_seconds.iter().copied().max_by(|one, other| one.abs().total_cmp(&other.abs()))?;
+    let direction = if ahead > 0.0 { "ahead of" } else { "behind" };
+    (ahead.abs() > CLOCK_DISTANCE_MAX.as_secs_f64())
+        .then(|| format!("the clock of the server is {:.1} s {direction} that of this machine", ahead.abs()))
+}
+
 /// Whether `PgBouncer` says that it pools statements.
 fn pools_statements(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|error| error.message().contains("statement pooling"))
@@ -158,18 +168,6 @@ impl Examination<'_> {
             self.add("pooler-transactions", "a pooler gives each transaction a connection of its own", None)?;
         }
         Ok(again)
-    }
-
-    fn examine_clock(&mut self, first: &Answer, again: &Answer) -> anyhow::Result<()> {
-        // Each is what it is at the least.
-        let distances = [first.ahead_seconds, again.ahead_seconds];
-        let ahead = distances.into_iter().max_by(|one, other| one.abs().total_cmp(&other.abs())).unwrap_or(0.0);
-        if ahead.abs() <= CLOCK_DISTANCE_MAX.as_secs_f64() {
-            return Ok(());
-        }
-        let direction = if ahead > 0.0 { "ahead of" } else { "behind" };
-        let subject = format!("the clock of the server is {:.1} s {direction} that of this machine", ahead.abs());
-        self.add("clock", subject, None)
     }
 
     async fn examine_installation(
@@ -389,6 +387,21 @@ mod tests {
             (100, 90.0, 80, -10.0),
         ] {
             assert!((ahead(at(asked), shown, at(answered)) - ahead_by).abs() < 1e-6, "{asked} {shown} {answered}");
+        }
+    }
+
+    #[test]
+    fn a_clock_may_be_a_second_off() {
+        for (ahead, said) in [
+            ([0.0, 0.0], None),
+            ([0.2, 1.0], None),
+            ([-0.9, -1.0], None),
+            ([0.5, 1.5], Some("1.5 s ahead of")),
+            ([-7200.0, -7199.9], Some("7200.0 s behind")),
+        ] {
+            let found = clock_distance(&ahead);
+            assert_eq!(found.is_some(), said.is_some(), "{ahead:?}");
+            assert!(said.is_none_or(|said| found.is_some_and(|found| found.contains(said))), "{ahead:?}");
         }
     }
 }
