@@ -1,6 +1,7 @@
 -- Other schemas of this database that look like pgonce's. Which version they are of is asked of them, where the role may.
 select
   n.nspname::text as name,
+  quote_ident(n.nspname) as quoted,
   n.nspname ~ '^pgonce_demo' as is_demo,
   has_schema_privilege(n.oid, 'usage') and has_table_privilege(v.oid, 'select') as may_read
 from pg_class v

@@ -1,8 +1,8 @@
 -- Who answers, and as whom. In no transaction of the doctor's yet, so that every name is qualified.
 select
   pg_catalog.pg_backend_pid() as pid,
-  current_user::text as role,
-  pg_catalog.pg_get_userbyid(c.relowner)::text as owner,
+  pg_catalog.quote_ident(current_user) as role,
+  pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(c.relowner)) as owner,
   extract(epoch from pg_catalog.clock_timestamp())::float8 as seconds
 from pg_catalog.pg_class c
 where c.oid operator(pg_catalog.=) 'pgonce.schema_versions'::regclass

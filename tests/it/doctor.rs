@@ -396,7 +396,33 @@ async fn consumers_that_promise_less_or_stand_still_are_found() {
     ] {
         clinic.case(break_it, expected, Some(mend_it)).await;
     }
+    // Of many, no more are told than somebody reads.
+    clinic.run("insert into pgonce.members select gen_random_uuid(), 0, '{}' from generate_series(1, 105)").await;
+    let many = clinic.expect("many are dead", &["dead-owners"], true);
+    assert_eq!(findings(&many).len(), 101);
+    assert_eq!(findings(&many)[100]["subject"], "5 more");
+    clinic.run("delete from pgonce.members").await;
     clinic.expect("all is mended", &[], false);
+    clinic.close().await;
+}
+
+#[tokio::test]
+async fn names_that_somebody_chose_do_no_harm() {
+    let clinic = Clinic::open().await;
+    clinic
+        .run(
+            r#"create schema "pgonce_demo""; drop table users; --";
+               create table "pgonce_demo""; drop table users; --".schema_versions (like pgonce.schema_versions);
+               select pgonce.create_consumer(E'\x1b[31m$(reboot)', 'words', start_at => 'earliest')"#,
+        )
+        .await;
+    let report = clinic.expect("names", &["orphaned-schemas", "unattended-consumers"], true);
+    let remedies: Vec<&str> =
+        findings(&report).iter().map(|finding| finding["remedy"].as_str().expect("text")).collect();
+    assert!(remedies[0].ends_with(r#"drop schema "pgonce_demo""; drop table users; --" cascade"#), "{remedies:?}");
+    assert!(remedies[1].ends_with("pgonce consumer delete '\x1b[31m$(reboot)'"), "{remedies:?}");
+    let output = outcome(&["doctor", "--database-url", &clinic.url()]);
+    assert!(!output.stdout.contains(&0x1b), "{}", String::from_utf8_lossy(&output.stdout));
     clinic.close().await;
 }
 
@@ -443,7 +469,7 @@ async fn a_role_is_told_what_it_may_not_see_and_which_grants_are_missing() {
     ] {
         assert!(told.contains(what), "{what}\n{told}");
     }
-    assert!(told.contains(r#"grant \"pgonce\" to \"clerk\""#), "{told}");
+    assert!(told.contains("grant pgonce to clerk"), "{told}");
     assert!(told.contains("grant pg_read_all_stats to clerk"), "{told}");
 
     // Each grant of the worker and of the producer, taken away, is missed.

@@ -45,7 +45,7 @@ const PLANS_MAX: usize = 3;
 /// What was found so far, and of whom it is asked.
 struct Examination<'a> {
     schema: &'a Schema,
-    /// Role of the caller.
+    /// Role of the caller, quoted where that needs to be.
     role: String,
     /// Role that owns the schema.
     owner: String,
@@ -285,14 +285,14 @@ impl Examination<'_> {
             Err(refused) => return self.add_unexamined("orphaned-schemas", &refused),
         };
         for row in rows {
-            let name: &str = row.try_get("name")?;
+            let (name, quoted): (&str, &str) = (row.try_get("name")?, row.try_get("quoted")?);
             if row.try_get("is_demo")? {
-                let remedy = format!("unless a demo is running: drop schema {name:?} cascade");
-                self.add("orphaned-schemas", format!("schema {name:?} is a demo's"), Some(remedy))?;
+                let remedy = format!("unless a demo is running: drop schema {quoted} cascade");
+                self.add("orphaned-schemas", format!("schema {quoted} is a demo's"), Some(remedy))?;
                 continue;
             }
             let Ok(other) = Schema::new(name) else {
-                self.add("orphaned-schemas", format!("no program takes the name of schema {name:?}"), None)?;
+                self.add("orphaned-schemas", format!("no program takes the name of schema {quoted}"), None)?;
                 continue;
             };
             // Another's, whom this role has no business with.
@@ -321,7 +321,7 @@ impl Examination<'_> {
 
     fn add_unexamined(&mut self, what: &str, refused: &Refused) -> anyhow::Result<()> {
         let remedy = if refused.code == SqlState::INSUFFICIENT_PRIVILEGE {
-            Some(format!("run the doctor as {:?}, or: grant {:?} to {:?}", self.owner, self.owner, self.role))
+            Some(format!("run the doctor as {}, or: grant {} to {}", self.owner, self.owner, self.role))
         } else if refused.code == SqlState::QUERY_CANCELED || refused.code == SqlState::LOCK_NOT_AVAILABLE {
             Some("run the doctor again when the server has less to do".to_owned())
         } else {

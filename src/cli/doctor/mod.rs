@@ -97,9 +97,9 @@ impl Report {
             let of_it: Vec<&Finding> = self.findings.iter().filter(|finding| finding.severity == severity).collect();
             let (word, number) = (severity.word(), i128::try_from(of_it.len()).unwrap_or(i128::MAX));
             for finding in of_it {
-                say!("{} {}: {}", in_colour(colour, word), finding.check, finding.subject)?;
+                say!("{} {}: {}", in_colour(colour, word), finding.check, without_controls(&finding.subject))?;
                 say!("  {}", finding.consequence)?;
-                say!("  remedy: {}\n", finding.remedy)?;
+                say!("  remedy: {}\n", without_controls(&finding.remedy))?;
             }
             if number > 0 {
                 numbers.push(count(number, word));
@@ -111,4 +111,9 @@ impl Report {
             say!("{}", in_colour(RED, &numbers.join(", ")))
         }
     }
+}
+
+/// A text with names in it that anybody may have chosen, for a terminal that obeys control characters.
+fn without_controls(text: &str) -> String {
+    text.chars().map(|next| if next.is_control() { char::REPLACEMENT_CHARACTER } else { next }).collect()
 }
