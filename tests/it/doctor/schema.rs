@@ -1,0 +1,186 @@
+//! What is wrong with the schema: its constraints, tables, functions and views, and those beside it.
+
+use pgonce::{Schema, migration_sql};
+
+use super::{CAN, Clinic, findings};
+use crate::fixture::TestDatabase;
+use crate::probe::{number, texts};
+use crate::programs::outcome;
+
+#[tokio::test]
+async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
+    let clinic = Clinic::open().await;
+    clinic.expect("nothing is broken", &[], false);
+    let output = outcome(&["doctor", "--database-url", &clinic.url()]);
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stdout)), (Some(0), format!("{CAN}\n").into()));
+
+    for (break_it, expected) in [
+        ("alter table pgonce.outbox drop constraint outbox_pkey", "producer-deduplication"),
+        ("alter table pgonce.queue drop constraint queue_message_id_key", "queue-deduplication"),
+        ("alter table pgonce.queue drop constraint queue_pkey", "queue-deduplication"),
+        ("alter table pgonce.processed_ids drop constraint processed_ids_pkey", "consumer-deduplication"),
+        ("alter table pgonce.progress drop constraint progress_pkey", "consumer-deduplication"),
+        (
+            "alter table pgonce.processed_ids drop constraint processed_ids_pkey,
+             add constraint processed_ids_pkey primary key (consumer_id, message_id) deferrable",
+            "consumer-deduplication",
+        ),
+        (
+            "alter table pgonce.queue drop constraint queue_message_id_key,
+             add constraint queue_message_id_key unique (topic_id, message_id, \"offset\")",
+            "queue-deduplication",
+        ),
+        (
+            "update pg_index set indisvalid = false where indexrelid = 'pgonce.processed_ids_pkey'::regclass",
+            "consumer-deduplication",
+        ),
+        ("alter table pgonce.outbox drop constraint outbox_status_check", "constraints"),
+        ("alter table pgonce.consumers drop constraint consumers_topic_id_fkey", "constraints"),
+        (
+            "alter table pgonce.leases drop constraint leases_epoch_check,
+             add constraint leases_epoch_check check (epoch >= 0) not valid",
+            "constraints",
+        ),
+        ("drop index pgonce.outbox_in_order", "indexes"),
+        (
+            "drop index pgonce.dead_letters_dead; create index dead_letters_dead on pgonce.dead_letters (partition)",
+            "indexes",
+        ),
+        ("update pg_index set indisvalid = false where indexrelid = 'pgonce.parked_key'::regclass", "indexes"),
+        ("alter table pgonce.processed_ids set unlogged", "unlogged-tables"),
+        ("alter table pgonce.consumers disable trigger all", "triggers"),
+        ("select setval('pgonce.outbox_seq', 1)", "sequences"),
+        ("select setval(pg_get_serial_sequence('pgonce.topics', 'topic_id'), 1)", "sequences"),
+        ("select setval(pg_get_serial_sequence('pgonce.consumers', 'consumer_id'), 1, false)", "sequences"),
+        ("alter sequence pgonce.outbox_seq cache 10", "sequence-settings"),
+        ("alter table pgonce.heads set (autovacuum_enabled = off)", "autovacuum"),
+    ] {
+        clinic.case(break_it, &[expected], None).await;
+    }
+    for (break_it, expected, mend_it) in [
+        (
+            "alter table pgonce.outbox alter column payload drop not null",
+            "tables",
+            "alter table pgonce.outbox alter column payload set not null",
+        ),
+        ("alter table pgonce.samples rename to away", "tables", "alter table pgonce.away rename to samples"),
+        (
+            "alter table pgonce.set_aside alter column reason type varchar(80)",
+            "tables",
+            "alter table pgonce.set_aside alter column reason type text",
+        ),
+        (
+            "create schema pgonce_demo; create table pgonce_demo.schema_versions (like pgonce.schema_versions)",
+            "orphaned-schemas",
+            "drop schema pgonce_demo cascade",
+        ),
+        (
+            "create schema events; create table events.schema_versions (like pgonce.schema_versions);
+             insert into events.schema_versions select 99, program, '', '{}', now() from pgonce.schema_versions",
+            "orphaned-schemas",
+            "update events.schema_versions set version = 1",
+        ),
+        (
+            "delete from events.schema_versions",
+            "orphaned-schemas",
+            "drop schema events cascade",
+        ),
+        (
+            "create schema \"a b\"; create table \"a b\".schema_versions (like pgonce.schema_versions)",
+            "orphaned-schemas",
+            "drop schema \"a b\" cascade",
+        ),
+        (
+            "create table state (id integer); insert into pgonce.state_tables select consumer_id, 'state' from pgonce.consumers;
+             alter table state set unlogged",
+            "unlogged-tables",
+            "delete from pgonce.state_tables; drop table state",
+        ),
+    ] {
+        clinic.case(break_it, &[expected], Some(mend_it)).await;
+    }
+    clinic.expect("all is mended", &[], false);
+    clinic.close().await;
+}
+
+#[tokio::test]
+async fn the_lists_have_all_that_the_migrations_make() {
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    let constraints = include_str!("../../../sql/doctor/constraints.sql");
+    let made = "
+        select format('(%L, %L, %L)', c.relname, k.conname, pg_get_constraintdef(k.oid))
+        from pg_constraint k join pg_class c on c.oid = k.conrelid
+        where c.relnamespace = 'pgonce'::regnamespace and c.relkind = 'r' and k.contype in ('c', 'f', 'p', 'u')
+        union all
+        select format('(%L, %L, %L)', c.relname, x.relname, pg_get_indexdef(x.oid))
+        from pg_index i join pg_class c on c.oid = i.indrelid join pg_class x on x.oid = i.indexrelid
+        where c.relnamespace = 'pgonce'::regnamespace
+          and not exists (select from pg_constraint k where k.conindid = x.oid and k.conrelid = c.oid)";
+    let made = texts(&client, made).await;
+    assert_eq!(made.len(), constraints.matches("\n  ('").count());
+    for one in made {
+        assert!(constraints.contains(&one), "{one}");
+    }
+    let tables = include_str!("../../../sql/doctor/tables.sql");
+    let made = "select relname::text from pg_class where relnamespace = 'pgonce'::regnamespace and relkind = 'r'";
+    let made = texts(&client, made).await;
+    assert_eq!(made.len(), tables.matches("\n  ('").count());
+    for one in made {
+        assert!(tables.contains(&format!("\n  ('{one}',\n")), "{one}");
+    }
+    let columns = "
+        select count(*) from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0
+        where c.relnamespace = 'pgonce'::regnamespace and c.relkind = 'r'";
+    let listed = tables.lines().filter(|line| line.starts_with("   '")).map(|line| 1 + line.matches(", ").count());
+    assert_eq!(i64::try_from(listed.sum::<usize>()).expect("small"), number(&client, columns).await);
+}
+
+#[tokio::test]
+async fn functions_and_views_that_were_altered_are_found_and_installed_anew() {
+    let clinic = Clinic::open().await;
+    let anew = migration_sql(&Schema::default(), 1);
+    let leave = "create or replace function pgonce.leave(member_id uuid) returns void language plpgsql volatile
+                 security definer set search_path = pg_catalog, pg_temp as $$ begin end $$";
+    for break_it in [
+        leave,
+        "drop function pgonce.leave",
+        "alter function pgonce.leave security invoker",
+        "alter function pgonce.leave reset search_path",
+        "alter function pgonce.relay_page set lock_timeout = '1s'",
+        "create or replace view pgonce.consumer_leases as
+         select c.consumer, l.partition, l.epoch, l.owner, l.leased_until, l.fenced, l.careful_until
+         from pgonce.leases l join pgonce.consumers c using (consumer_id)
+         where l.epoch > 0
+         order by c.consumer, l.partition",
+        "drop view pgonce.dead_letter_list",
+    ] {
+        clinic.case(break_it, &["routines"], Some(&anew)).await;
+    }
+    let break_it = "alter function pgonce.leave set synchronous_commit = off";
+    clinic.case(break_it, &["routines", "synchronous-commit"], Some(&anew)).await;
+    let break_it = "update pgonce.schema_versions set program = '99.0.0', routines_digest = ''";
+    clinic.case(break_it, &["version"], Some(&anew)).await;
+    clinic.expect("all is mended", &[], false);
+    clinic.close().await;
+}
+
+#[tokio::test]
+async fn names_that_somebody_chose_do_no_harm() {
+    let clinic = Clinic::open().await;
+    clinic
+        .run(
+            r#"create schema "pgonce_demo""; drop table users; --";
+               create table "pgonce_demo""; drop table users; --".schema_versions (like pgonce.schema_versions);
+               select pgonce.create_consumer(E'\x1b[31m$(reboot)', 'words', start_at => 'earliest')"#,
+        )
+        .await;
+    let report = clinic.expect("names", &["orphaned-schemas", "unattended-consumers"], true);
+    let remedies: Vec<&str> =
+        findings(&report).iter().map(|finding| finding["remedy"].as_str().expect("text")).collect();
+    assert!(remedies[0].ends_with(r#"drop schema "pgonce_demo""; drop table users; --" cascade"#), "{remedies:?}");
+    assert!(remedies[1].ends_with("pgonce consumer delete '\x1b[31m$(reboot)'"), "{remedies:?}");
+    let output = outcome(&["doctor", "--database-url", &clinic.url()]);
+    assert!(!output.stdout.contains(&0x1b), "{}", String::from_utf8_lossy(&output.stdout));
+    clinic.close().await;
+}
