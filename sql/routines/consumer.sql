@@ -100,6 +100,11 @@ begin
     raise exception using errcode = 'PO003',
       message = format('backoff_min_ms of %s, backoff_max_ms of %s', backoff_min_ms, backoff_max_ms),
       hint = 'A backoff lasts 1 to 86400000 milliseconds (a day).';
+  elsif state is not null and not has_function_privilege(
+    -- This function has the rights of the owner, and is for more roles than set_state is.
+    coalesce(nullif(current_setting('role'), 'none'), session_user::text), 'pgonce.set_state(text, regclass[])', 'execute') then
+    raise exception using errcode = '42501', message = format('permission denied to name the state of consumer %L', consumer),
+      hint = 'Who may call set_state may do so.';
   elsif backoff_min_ms > backoff_max_ms then
     raise exception using errcode = 'PO003',
       message = format('backoff_min_ms of %s above backoff_max_ms of %s', backoff_min_ms, backoff_max_ms),
@@ -182,7 +187,7 @@ begin
     union all
     select existing.* where not exists (select from changed);
 end $$;
-comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. With the kind external its effects are outside of this database, and it uses acquire, peek, ack and nack in the place of receive; it cannot change either. state names the tables that hold its effects, as set_state does; null leaves them as they are. Errors: PO001, PO003, PO006 (bound to another topic, of another kind, or with another policy).';
+comment on function pgonce.create_consumer is 'Creates the consumer, or checks that it is as said. It starts at the earliest message that is kept (''latest'': at the next one that the relay publishes); start_at matters only when it is created. After attempts_max failed attempts (10) a message becomes a dead letter; between two of them it waits up to backoff_min_ms (500), doubled each time, up to backoff_max_ms (30000); these can change later. What else waits is its failure_policy: park_key (the later ones of its key, the default), block (the partition), skip (nothing); it cannot change. Without a topic it is an inbox for process_once. With the kind external its effects are outside of this database, and it uses acquire, peek, ack and nack in the place of receive; it cannot change either. state names the tables that hold its effects, as set_state does, for whoever may call that (42501); null leaves them as they are. Errors: PO001, PO003, PO006 (bound to another topic, of another kind, or with another policy).';
 
 create or replace function pgonce.drop_consumer(consumer text)
 returns setof pgonce.consumers

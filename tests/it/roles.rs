@@ -355,6 +355,11 @@ async fn a_role_without_a_right_is_told_so_and_what_helps() {
     assert!(error.hint().is_some_and(|hint| hint.contains("Roles")), "{error}");
     let worker = Worker::new(world.pool(&world.producer)).relay(TOPIC);
     assert_eq!(worker.run(&Shutdown::new()).await.expect_err("denied").kind(), ErrorKind::Denied);
+    // To create a consumer is no right to have any table written by a restore.
+    let may_create = format!("grant execute on function pgonce.create_consumer to {}", world.reader);
+    world.owner.batch_execute(&may_create).await.expect("granted");
+    client.batch_execute("select pgonce.create_consumer('inbox')").await.expect("it may");
+    assert_eq!(sqlstate(&client, "select pgonce.create_consumer('inbox', state => '{pg_class}')").await, "42501");
     drop(client);
     let name = texts(&world.owner, "select current_database()::text").await.remove(0);
     let nobody = format!("{name}_nobody");
