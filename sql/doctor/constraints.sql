@@ -150,7 +150,8 @@ indexes as (
     e.name,
     case
       when x.oid is null then 'is missing'
-      when i.indisunique <> (e.definition ~ '^CREATE UNIQUE') or i.indrelid <> t.oid then 'was altered'
+      when i.indisunique <> (e.definition ~ '^CREATE UNIQUE') or i.indrelid <> t.oid
+        or e.definition not like '%(' || keys.columns || ')%' or (e.definition ~ ' WHERE ') <> (i.indpred is not null) then 'was altered'
       when not i.indisvalid or not i.indisready then 'is invalid'
     end as finding,
     case
@@ -163,6 +164,8 @@ indexes as (
   left join pg_class x on x.relname = e.name and x.relkind in ('i', 'I') and x.relnamespace = (
     select c.relnamespace from pg_class c where c.oid = t.oid)
   left join pg_index i on i.indexrelid = x.oid
+  cross join lateral (
+    select string_agg(pg_get_indexdef(x.oid, n, true), ', ' order by n) as columns from generate_series(1, i.indnkeyatts) n) keys
 )
 select
   case

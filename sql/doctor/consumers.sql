@@ -14,7 +14,7 @@ select
   'unattended-consumers',
   format('nobody runs consumer %s; it lags %s messages behind, %s are parked%s', l.consumer, l.lag, l.parked,
          case when l.paused then ', and it is paused' end),
-  format('run it, or let go of what waits: pgonce consumer delete %L', l.consumer)
+  format('run it, or let go of what waits: pgonce consumer delete ''%s''', replace(l.consumer, '''', '''\'''''))
 from pgonce.consumer_lag l
 where (l.lag > 0 or l.parked > 0)
   -- A standby does not know who runs what at the primary; that it says by itself (owners.sql).

@@ -1,4 +1,5 @@
--- Roles that may do a part of what they are for: the first call that they may not make fails. What belongs together is
+-- Roles that may do a part of what they are for: the first call that they may not make fails. Whoever may call what only the
+-- program calls is to have all that the program calls; who works by SQL alone needs no more than the verbs that it uses. What belongs together is
 -- what the README grants ("Roles"), and a test holds this list against it.
 --
 -- Of a role that others are members of, those count that log in: they may have the rest by way of another one.
@@ -6,20 +7,20 @@ with home as (
   select c.relnamespace as oid from pg_class c where c.oid = 'pgonce.schema_versions'::regclass
 ),
 functions (anchor, name) as (
-  select 'receive', f.name
+  select 'beat', f.name
   from unnest(array[
     'relay', 'receive', 'receive_seen', 'seen_progress', 'open_batch', 'open_messages', 'apply_statements',
     'try_statements', 'fail', 'hand_over', 'finish_handover', 'bury', 'process_once', 'watch', 'beat', 'leave',
     'take_suspicion', 'clear_suspicion', 'acquire', 'peek', 'ack', 'nack', 'renew', 'release', 'sample_rates',
     'record_handler_times', 'emit', 'emitted_id', 'checkpoint_if_due']) f(name)
   union all
-  select 'enqueue', f.name from unnest(array['enqueue_many', 'cancel']) f(name)
+  select 'enqueue_many', f.name from unnest(array['enqueue', 'cancel']) f(name)
 ),
 relations (anchor, name, privilege) as (
-  select 'receive', r.name, 'select'
+  select 'beat', r.name, 'select'
   from unnest(array['received', 'topics', 'consumers', 'state_tables', 'schema_versions', 'word_counts']) r(name)
   union all
-  values ('receive', 'word_counts', 'insert'), ('receive', 'word_counts', 'update'), ('enqueue', 'schema_versions', 'select')
+  values ('beat', 'word_counts', 'insert'), ('beat', 'word_counts', 'update'), ('enqueue_many', 'schema_versions', 'select')
 ),
 granted as (
   select p.proname as anchor, a.grantee
@@ -68,7 +69,7 @@ missing as (
   from holders h
   cross join home s
   join pg_class c on c.relnamespace = s.oid and c.relname = 'looks' and c.relkind = 'S'
-  where h.anchor = 'receive' and not has_sequence_privilege(h.oid, c.oid, 'usage')
+  where h.anchor = 'beat' and not has_sequence_privilege(h.oid, c.oid, 'usage')
   union
   select h.oid, format('execute on function %s.%I', s.oid::regnamespace, p.proname)
   from home s

@@ -27,6 +27,7 @@ from pg_db_role_setting d
 cross join lateral unnest(d.setconfig) c(setting)
 cross join lateral (
   select case
+    when d.setrole = 0 and d.setdatabase = 0 then 'role all'
     when d.setrole = 0 then format('database %I', current_database())
     when d.setdatabase = 0 then format('role %s', d.setrole::regrole)
     else format('role %s in database %I', d.setrole::regrole, current_database())
@@ -43,6 +44,13 @@ from pg_proc p
 cross join lateral unnest(p.proconfig) c(setting)
 where p.pronamespace = (select h.relnamespace from pg_class h where h.oid = 'pgonce.schema_versions'::regclass)
   and c.setting ~* '^synchronous_commit=(off|false|no|0)$'
+union all
+select
+  'isolation',
+  format('default_transaction_isolation is %s (%s)', s.setting, s.source),
+  'reset default_transaction_isolation where it was set'
+from pg_settings s
+where s.name = 'default_transaction_isolation' and s.setting <> 'read committed'
 union all
 select 'read-only', 'this server is a standby', 'connect to the primary: target_session_attrs=read-write'
 where pg_is_in_recovery()

@@ -90,6 +90,11 @@ from expected_columns e
 left join found f on f.relname = e.relation and f.attname = e.name
 where f.definition is distinct from e.definition and exists (select from found t where t.relname = e.relation)
 union all
+select 'tables', format('table %s has row security', c.oid::regclass),
+       format('alter table %s disable row level security, no force row level security', c.oid::regclass)
+from pg_class c
+where c.relnamespace = (select h.oid from home h) and c.relkind = 'r' and (c.relrowsecurity or c.relforcerowsecurity)
+union all
 select 'unlogged-tables', format('table %s is unlogged', c.oid::regclass), format('alter table %s set logged', c.oid::regclass)
 from pg_class c
 where c.relpersistence <> 'p' and c.relkind = 'r'

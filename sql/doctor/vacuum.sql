@@ -28,7 +28,7 @@ select
 from pgonce.horizon_holders h
 where h.age is null or h.age > interval '1 minute'
 union all
-select 'unexamined', 'xmin-horizon: of sessions of other roles, only a member of pg_read_all_stats sees what they hold',
+select 'unexamined-warnings', 'xmin-horizon: of sessions of other roles, only a member of pg_read_all_stats sees what they hold',
        format('grant pg_read_all_stats to %I', current_user)
 where not pg_has_role(current_user, 'pg_read_all_stats', 'usage')
 order by 1, 2

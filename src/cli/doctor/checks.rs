@@ -135,6 +135,11 @@ pub(super) const CHECKS: &[Check] = &[
          of the database comes again.",
         "Switch synchronous_commit on.",
     ),
+    fault(
+        "isolation",
+        "Transactions that do not choose their isolation fail: relay and the verbs that take locks are for READ COMMITTED only.",
+        "Reset default_transaction_isolation where it was set.",
+    ),
     fault("read-only", "Nothing can be enqueued, relayed or received here.", "Connect to a server that takes writes."),
     fault(
         "asynchronous-replicas",
@@ -201,6 +206,11 @@ pub(super) const CHECKS: &[Check] = &[
         "The promises hold. Notifications do not come through it, so programs ask more often, and a process that died is \
          noticed by its silence only.",
         "Let programs connect to the server itself, or let the pooler pool sessions, where that matters.",
+    ),
+    warning(
+        "unexamined-warnings",
+        "Whether something is in the way of speed there is not known.",
+        "Run the doctor as the owner of the schema, or as a member of that role.",
     ),
     warning(
         "clock",

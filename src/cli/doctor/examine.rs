@@ -16,7 +16,10 @@ use crate::{Database, Error, Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Sche
 
 /// Statements that answer rows `check`, `subject` and `remedy`, behind the checks that they make; the remedy may be null.
 const STATEMENTS: &[(&str, &str)] = &[
-    ("fsync, full-page-writes, synchronous-commit, read-only", include_str!("../../../sql/doctor/settings.sql")),
+    (
+        "fsync, full-page-writes, synchronous-commit, isolation, read-only",
+        include_str!("../../../sql/doctor/settings.sql"),
+    ),
     ("asynchronous-replicas", include_str!("../../../sql/doctor/replicas.sql")),
     ("sequences, sequence-settings", include_str!("../../../sql/doctor/sequences.sql")),
     ("dead-owners", include_str!("../../../sql/doctor/owners.sql")),
@@ -25,8 +28,10 @@ const STATEMENTS: &[(&str, &str)] = &[
     ("external-consumers, weaker-modes, unattended-consumers", include_str!("../../../sql/doctor/consumers.sql")),
     ("slow-handlers", include_str!("../../../sql/doctor/handlers.sql")),
     ("prepared-transactions", include_str!("../../../sql/doctor/prepared.sql")),
-    ("autovacuum, xmin-horizon", include_str!("../../../sql/doctor/vacuum.sql")),
+    (OF_WARNINGS, include_str!("../../../sql/doctor/vacuum.sql")),
 ];
+/// The checks of these find warnings only.
+const OF_WARNINGS: &str = "autovacuum, xmin-horizon";
 /// Those that hold for tables of this program's version only.
 const OF_THE_VERSION: &[(&str, &str)] = &[
     (
@@ -327,7 +332,8 @@ impl Examination<'_> {
         } else {
             Some("mend first what else was found, and run the doctor again".to_owned())
         };
-        self.add("unexamined", format!("{what}: {}", refused.message), remedy)
+        let check = if what == OF_WARNINGS { "unexamined-warnings" } else { "unexamined" };
+        self.add(check, format!("{what}: {}", refused.message), remedy)
     }
 
     /// The findings in the order of the checks, and no more of one than somebody reads.

@@ -46,9 +46,24 @@ async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
             "drop index pgonce.dead_letters_dead; create index dead_letters_dead on pgonce.dead_letters (partition)",
             "indexes",
         ),
+        (
+            "drop index pgonce.dead_letters_dead; create unique index dead_letters_dead on pgonce.dead_letters (dead_letter_id)",
+            "indexes",
+        ),
+        (
+            "drop index pgonce.dead_letters_dead;
+             create unique index dead_letters_dead on pgonce.dead_letters (consumer_id, partition, \"offset\")",
+            "indexes",
+        ),
         ("update pg_index set indisvalid = false where indexrelid = 'pgonce.parked_key'::regclass", "indexes"),
         ("alter table pgonce.processed_ids set unlogged", "unlogged-tables"),
         ("alter table pgonce.consumers disable trigger all", "triggers"),
+        ("create rule forget as on insert to pgonce.processed_ids do instead nothing", "triggers"),
+        (
+            "create trigger twice before update on pgonce.queue for each row execute function suppress_redundant_updates_trigger()",
+            "triggers",
+        ),
+        ("alter table pgonce.samples enable row level security", "tables"),
         ("select setval('pgonce.outbox_seq', 1)", "sequences"),
         ("select setval(pg_get_serial_sequence('pgonce.topics', 'topic_id'), 1)", "sequences"),
         ("select setval(pg_get_serial_sequence('pgonce.consumers', 'consumer_id'), 1, false)", "sequences"),

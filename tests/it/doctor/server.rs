@@ -19,6 +19,7 @@ async fn what_is_set_wrongly_at_the_server_is_found() {
         "alter database pgonce set synchronous_commit = off",
         "alter role pgonce set synchronous_commit = off",
         "create role clerk; alter role clerk in database pgonce set synchronous_commit to off",
+        "alter role all set synchronous_commit = off",
     ] {
         clinic.case(break_it, &["synchronous-commit"], None).await;
     }
@@ -27,6 +28,11 @@ async fn what_is_set_wrongly_at_the_server_is_found() {
             "alter database pgonce set default_transaction_read_only = on",
             "read-only",
             "alter database pgonce reset default_transaction_read_only",
+        ),
+        (
+            "alter database pgonce set default_transaction_isolation = 'repeatable read'",
+            "isolation",
+            "alter database pgonce reset default_transaction_isolation",
         ),
         (
             "alter role pgonce set session_replication_role = replica",
