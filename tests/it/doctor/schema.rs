@@ -7,6 +7,64 @@ use crate::fixture::TestDatabase;
 use crate::probe::{number, texts};
 use crate::programs::outcome;
 
+/// What breaks a schema, and the check that finds it; the remedy that it tells mends it.
+const BROKEN: &[(&str, &str)] = &[
+    ("alter table pgonce.outbox drop constraint outbox_pkey", "producer-deduplication"),
+    ("alter table pgonce.queue drop constraint queue_message_id_key", "queue-deduplication"),
+    ("alter table pgonce.queue drop constraint queue_pkey", "queue-deduplication"),
+    ("alter table pgonce.processed_ids drop constraint processed_ids_pkey", "consumer-deduplication"),
+    ("alter table pgonce.progress drop constraint progress_pkey", "consumer-deduplication"),
+    (
+        "alter table pgonce.processed_ids drop constraint processed_ids_pkey,
+             add constraint processed_ids_pkey primary key (consumer_id, message_id) deferrable",
+        "consumer-deduplication",
+    ),
+    (
+        "alter table pgonce.queue drop constraint queue_message_id_key,
+             add constraint queue_message_id_key unique (topic_id, message_id, \"offset\")",
+        "queue-deduplication",
+    ),
+    (
+        "update pg_index set indisvalid = false where indexrelid = 'pgonce.processed_ids_pkey'::regclass",
+        "consumer-deduplication",
+    ),
+    ("alter table pgonce.outbox drop constraint outbox_status_check", "constraints"),
+    ("alter table pgonce.consumers drop constraint consumers_topic_id_fkey", "constraints"),
+    (
+        "alter table pgonce.leases drop constraint leases_epoch_check,
+             add constraint leases_epoch_check check (epoch >= 0) not valid",
+        "constraints",
+    ),
+    ("drop index pgonce.outbox_in_order", "indexes"),
+    (
+        "drop index pgonce.dead_letters_dead; create index dead_letters_dead on pgonce.dead_letters (partition)",
+        "indexes",
+    ),
+    (
+        "drop index pgonce.dead_letters_dead; create unique index dead_letters_dead on pgonce.dead_letters (dead_letter_id)",
+        "indexes",
+    ),
+    (
+        "drop index pgonce.dead_letters_dead;
+             create unique index dead_letters_dead on pgonce.dead_letters (consumer_id, partition, \"offset\")",
+        "indexes",
+    ),
+    ("update pg_index set indisvalid = false where indexrelid = 'pgonce.parked_key'::regclass", "indexes"),
+    ("alter table pgonce.processed_ids set unlogged", "unlogged-tables"),
+    ("alter table pgonce.consumers disable trigger all", "triggers"),
+    ("create rule forget as on insert to pgonce.processed_ids do instead nothing", "triggers"),
+    (
+        "create trigger twice before update on pgonce.queue for each row execute function suppress_redundant_updates_trigger()",
+        "triggers",
+    ),
+    ("alter table pgonce.samples enable row level security", "tables"),
+    ("select setval('pgonce.outbox_seq', 1)", "sequences"),
+    ("select setval(pg_get_serial_sequence('pgonce.topics', 'topic_id'), 1)", "sequences"),
+    ("select setval(pg_get_serial_sequence('pgonce.consumers', 'consumer_id'), 1, false)", "sequences"),
+    ("alter sequence pgonce.outbox_seq cache 10", "sequence-settings"),
+    ("alter table pgonce.heads set (autovacuum_enabled = off)", "autovacuum"),
+];
+
 #[tokio::test]
 async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
     let clinic = Clinic::open().await;
@@ -14,63 +72,8 @@ async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
     let output = outcome(&["doctor", "--database-url", &clinic.url()]);
     assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stdout)), (Some(0), format!("{CAN}\n").into()));
 
-    for (break_it, expected) in [
-        ("alter table pgonce.outbox drop constraint outbox_pkey", "producer-deduplication"),
-        ("alter table pgonce.queue drop constraint queue_message_id_key", "queue-deduplication"),
-        ("alter table pgonce.queue drop constraint queue_pkey", "queue-deduplication"),
-        ("alter table pgonce.processed_ids drop constraint processed_ids_pkey", "consumer-deduplication"),
-        ("alter table pgonce.progress drop constraint progress_pkey", "consumer-deduplication"),
-        (
-            "alter table pgonce.processed_ids drop constraint processed_ids_pkey,
-             add constraint processed_ids_pkey primary key (consumer_id, message_id) deferrable",
-            "consumer-deduplication",
-        ),
-        (
-            "alter table pgonce.queue drop constraint queue_message_id_key,
-             add constraint queue_message_id_key unique (topic_id, message_id, \"offset\")",
-            "queue-deduplication",
-        ),
-        (
-            "update pg_index set indisvalid = false where indexrelid = 'pgonce.processed_ids_pkey'::regclass",
-            "consumer-deduplication",
-        ),
-        ("alter table pgonce.outbox drop constraint outbox_status_check", "constraints"),
-        ("alter table pgonce.consumers drop constraint consumers_topic_id_fkey", "constraints"),
-        (
-            "alter table pgonce.leases drop constraint leases_epoch_check,
-             add constraint leases_epoch_check check (epoch >= 0) not valid",
-            "constraints",
-        ),
-        ("drop index pgonce.outbox_in_order", "indexes"),
-        (
-            "drop index pgonce.dead_letters_dead; create index dead_letters_dead on pgonce.dead_letters (partition)",
-            "indexes",
-        ),
-        (
-            "drop index pgonce.dead_letters_dead; create unique index dead_letters_dead on pgonce.dead_letters (dead_letter_id)",
-            "indexes",
-        ),
-        (
-            "drop index pgonce.dead_letters_dead;
-             create unique index dead_letters_dead on pgonce.dead_letters (consumer_id, partition, \"offset\")",
-            "indexes",
-        ),
-        ("update pg_index set indisvalid = false where indexrelid = 'pgonce.parked_key'::regclass", "indexes"),
-        ("alter table pgonce.processed_ids set unlogged", "unlogged-tables"),
-        ("alter table pgonce.consumers disable trigger all", "triggers"),
-        ("create rule forget as on insert to pgonce.processed_ids do instead nothing", "triggers"),
-        (
-            "create trigger twice before update on pgonce.queue for each row execute function suppress_redundant_updates_trigger()",
-            "triggers",
-        ),
-        ("alter table pgonce.samples enable row level security", "tables"),
-        ("select setval('pgonce.outbox_seq', 1)", "sequences"),
-        ("select setval(pg_get_serial_sequence('pgonce.topics', 'topic_id'), 1)", "sequences"),
-        ("select setval(pg_get_serial_sequence('pgonce.consumers', 'consumer_id'), 1, false)", "sequences"),
-        ("alter sequence pgonce.outbox_seq cache 10", "sequence-settings"),
-        ("alter table pgonce.heads set (autovacuum_enabled = off)", "autovacuum"),
-    ] {
-        clinic.case(break_it, &[expected], None).await;
+    for (break_it, expected) in BROKEN {
+        clinic.case(break_it, &[*expected], None).await;
     }
     for (break_it, expected, mend_it) in [
         (
