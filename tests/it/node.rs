@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
-use crate::probe::texts;
+use crate::probe::{eventually, pid_of, texts};
 use crate::programs::pgonce;
 use crate::proxy::{Cut, Proxy, Towards};
 
@@ -560,4 +560,108 @@ async fn it_ends_well_when_nobody_reads_its_answers() {
     .await;
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+/// Waits until another session waits for a lock that this one has.
+async fn is_waited_for(holder: &Client, watcher: &Client) {
+    let pid = pid_of(holder).await;
+    let waiting = "select exists (select from pg_stat_activity a where $1 = any (pg_blocking_pids(a.pid)))";
+    eventually("somebody waits", async || {
+        watcher.query_one(waiting, &[&pid]).await.expect("a row").get::<_, bool>(0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_node_that_starts_beside_a_busy_one_waits_before_it_locks_the_tables() {
+    let database = TestDatabase::new().await;
+    let url = database.url.clone();
+    blocking(move || answers(&["--database-url", &url], process(1, 1))).await;
+    let (busy, watcher) = (database.connect().await, database.connect().await);
+    let lock = "begin; select from pgonce.consumers where consumer = 'node' for no key update";
+    busy.batch_execute(lock).await.expect("locked");
+    let url = database.url.clone();
+    let started = tokio::task::spawn_blocking(move || answers(&["--database-url", &url], process(2, 1)));
+    is_waited_for(&busy, &watcher).await;
+    let write = "lock table pgonce_node.outputs, pgonce_node.turns in row exclusive mode nowait; commit";
+    busy.batch_execute(write).await.expect("nobody has the tables");
+    let answered = started.await.expect("no panic");
+    assert!(answered[0].ends_with(r#""count": 2, "was_duplicate": false}"#), "{answered:?}");
+}
+
+#[tokio::test]
+async fn the_isolation_that_a_database_sets_does_not_matter() {
+    for (name, text) in TRANSCRIPTS {
+        let (sent, expected) = transcript(text);
+        let database = TestDatabase::new().await;
+        let isolate = "do $$ begin
+            execute format('alter database %I set default_transaction_isolation to ''repeatable read''', current_database());
+        end $$";
+        database.connect().await.batch_execute(isolate).await.expect("set");
+        let (url, whole) = (database.url.clone(), sent.join("\n"));
+        assert_eq!(blocking(move || answers(&["--database-url", &url], whole)).await, expected, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn what_somebody_else_has_made_in_its_place_is_refused() {
+    let table = "create table pgonce_node.outputs (
+        \"position\" bigint generated always as identity primary key,
+        event_id text not null, word text not null, count bigint not null, is_visible boolean not null default false);";
+    let foreign_schema = "create schema pgonce_node authorization pg_monitor;";
+    let foreign_table =
+        format!("create schema pgonce_node; {table} alter table pgonce_node.outputs owner to pg_monitor;");
+    let own = format!("create schema pgonce_node; {table}");
+    for (made, refusal) in [
+        (foreign_schema, Some("schema pgonce_node belongs to pg_monitor")),
+        (&foreign_table, Some("table pgonce_node.outputs belongs to pg_monitor")),
+        (&own, None),
+    ] {
+        let database = TestDatabase::new().await;
+        database.connect().await.batch_execute(made).await.expect("made");
+        let url = database.url.clone();
+        let output = blocking(move || pipelined(&mut node(&["--database-url", &url]), process(1, 1))).await;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.success(), refusal.is_none(), "{made}: {said}");
+        assert!(said.contains(refusal.unwrap_or_default()), "{made}: {said}");
+        assert_eq!(output.stdout.is_empty(), refusal.is_some(), "{made}");
+    }
+}
+
+#[tokio::test]
+async fn a_poll_looks_past_any_number_of_duplicates() {
+    const DELIVERED: usize = 150;
+    let mut lines = Vec::new();
+    for nth in 0..=DELIVERED {
+        let message = json!({ "id": format!("m{nth}") });
+        lines.push(json!({ "type": "send", "message": message }).to_string());
+        if nth < DELIVERED {
+            lines.push(json!({ "type": "deliver", "message": message }).to_string());
+        }
+    }
+    lines.push(r#"{"type": "poll", "max": 1}"#.to_owned());
+    let database = TestDatabase::new().await;
+    let url = database.url.clone();
+    let answered = blocking(move || answers(&["--database-url", &url], lines.join("\n"))).await;
+    let last = answered.last().expect("answers");
+    assert_eq!(last, r#"{"type": "polled", "messages": [{"id": "m150"}], "offset": 151}"#);
+}
+
+#[tokio::test]
+async fn a_poll_waits_for_another_relay_of_its_topic() {
+    let database = TestDatabase::new().await;
+    let url = database.url.clone();
+    let mut node = blocking(move || {
+        let mut node = Running::start(&["--database-url", &url]);
+        node.ask(r#"{"type": "send", "message": {"id": "m"}}"#);
+        node
+    })
+    .await;
+    let (relay, watcher) = (database.connect().await, database.connect().await);
+    relay.batch_execute("begin; select from pgonce.relay('node_messages')").await.expect("relayed");
+    let polled = tokio::task::spawn_blocking(move || node.ask(r#"{"type": "poll"}"#));
+    is_waited_for(&relay, &watcher).await;
+    relay.batch_execute("commit").await.expect("committed");
+    let answer = polled.await.expect("no panic");
+    assert_eq!(answer, r#"{"type": "polled", "messages": [{"id": "m"}], "offset": 1}"#);
 }

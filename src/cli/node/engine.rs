@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::value::RawValue;
-use tokio_postgres::Transaction;
 use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{IsolationLevel, Transaction};
 use uuid::Uuid;
 
 use super::protocol::{Answer, Code, Output, Refusal, Stored, Then};
@@ -37,8 +37,6 @@ const ATTEMPTS_MAX: u32 = 20;
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// The longest wait: with the attempts above, a server may be away for half a minute.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// Looks for messages in one poll, where all that was received had been delivered before.
-const ROUNDS_MAX: u32 = 100;
 
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
@@ -86,7 +84,15 @@ impl Engine {
         }
         check_version(&*session, schema).await?;
         session.give_back();
-        engine.set_up(fresh).await.context("cannot set up the tables of the node")?;
+        let mut attempt = 1;
+        while let Err(error) = engine.set_up(fresh).await {
+            if error.kind() != ErrorKind::Contention || attempt == ATTEMPTS_MAX {
+                return Err(error).context("cannot set up the tables of the node");
+            }
+            tracing::warn!(error.kind = ?error.kind(), "trying again: {error}");
+            pause_after(attempt).await;
+            attempt += 1;
+        }
         Ok(engine)
     }
 
@@ -111,7 +117,6 @@ impl Engine {
 
     /// Makes a transaction of requests, again where that may help.
     async fn persist(&mut self, unit: &[&Stored]) -> Result<Vec<Answer>, Refusal> {
-        let mut pause = PAUSE_MIN;
         let mut attempt = 1;
         loop {
             let error = match self.transact(unit).await {
@@ -131,8 +136,7 @@ impl Engine {
                 return Err(Refusal::of(&error));
             }
             tracing::warn!(error.kind = ?error.kind(), "trying again: {error}");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
+            pause_after(attempt).await;
             attempt += 1;
         }
     }
@@ -148,7 +152,10 @@ impl Engine {
             return Err(Failure::Emptied);
         }
         let turn: [Parameter; 2] = [(&self.process, Type::UUID), (&self.turn, Type::INT8)];
-        transaction.query_typed(&self.statements.take_turn, &turn).await?;
+        if transaction.execute_typed(&self.statements.take_turn, &turn).await? != 1 {
+            let message = format!("turn {} of this process is taken already", self.turn);
+            return Err(Error::new(ErrorKind::Defect, message).into());
+        }
         let answers = match self.apply(&transaction, unit).await {
             Ok(answers) => answers,
             Err(error) => {
@@ -172,7 +179,8 @@ impl Engine {
 
     /// A transaction that does not last where the program is stopped: others wait for its end.
     async fn begin<'a>(&self, session: &'a mut Session) -> Result<Transaction<'a>, Error> {
-        let transaction = session.transaction().await?;
+        // Above READ COMMITTED it would not see what others did before it got the lock.
+        let transaction = session.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
         transaction.query_typed(include_str!("../../../sql/statements/limit_silence.sql"), &[]).await?;
         Ok(transaction)
     }
@@ -185,7 +193,6 @@ impl Engine {
     /// Whether the turn whose COMMIT was not answered was committed. Its backend may live on and commit, or be rolled back:
     /// the lock waits for that.
     async fn was_committed(&mut self) -> Result<bool, Failure> {
-        let mut pause = PAUSE_MIN;
         let mut attempt = 1;
         loop {
             let error = match self.look_up().await {
@@ -195,8 +202,7 @@ impl Engine {
             if attempt == ATTEMPTS_MAX {
                 return Err(Failure::Unknown(error));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
+            pause_after(attempt).await;
             attempt += 1;
         }
     }
@@ -339,7 +345,9 @@ impl Engine {
         let relay: [Parameter; 2] = [(&TOPIC, Type::TEXT), (&max, Type::INT4)];
         let receive: [Parameter; 3] = [(&READER, Type::TEXT), (&max, Type::INT4), (&DELIVERIES, Type::TEXT)];
         let mut messages: Vec<Box<RawValue>> = Vec::new();
-        for _ in 0..ROUNDS_MAX {
+        transaction.query_typed(&self.statements.lock_topic, &[(&TOPIC, Type::TEXT)]).await?;
+        // Each round passes what it receives, so they end.
+        loop {
             transaction.query_typed(&self.statements.relay, &relay).await?;
             let rows = transaction.query_typed(&self.statements.poll, &receive).await?;
             for row in &rows {
@@ -380,6 +388,11 @@ impl Engine {
         });
         Ok(Answer::OutputsOk { outputs: outputs.collect::<Result<_, Error>>()? })
     }
+}
+
+/// Waits before the next of several attempts.
+async fn pause_after(attempt: u32) {
+    tokio::time::sleep(PAUSE_MIN.saturating_mul(2_u32.saturating_pow(attempt - 1)).min(PAUSE_MAX)).await;
 }
 
 /// Whether a request may share its transaction with others like it.

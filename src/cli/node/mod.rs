@@ -142,7 +142,11 @@ async fn converse(opening: &mut Opening, shutdown: &Shutdown) -> anyhow::Result<
         }
     }
     // An end of the input hides no failure of the database.
-    opening.engine().await?;
+    tokio::select! {
+        biased;
+        engine = opening.engine() => { engine?; }
+        () = shutdown.stopping() => return Ok(Outcome::Done),
+    }
     reader.await?.context("cannot read standard input")?;
     Ok(Outcome::Done)
 }

@@ -135,9 +135,9 @@ impl Refusal {
         Self::new(Code::MalformedRequest, text)
     }
 
-    /// Whether another request could have fared better.
+    /// Whether it is the request's own fault: others beside it may fare better.
     pub(super) fn is_of_request(&self) -> bool {
-        !matches!(self.code, Code::Timeout | Code::TemporarilyUnavailable | Code::Abort)
+        matches!(self.code, Code::MalformedRequest)
     }
 
     /// What the database said.
