@@ -396,6 +396,6 @@ async fn pause_after(attempt: u32) {
 }
 
 /// Whether a request may share its transaction with others like it.
-fn is_adding(request: &Stored) -> bool {
+pub(super) fn is_adding(request: &Stored) -> bool {
     matches!(request, Stored::Process { .. } | Stored::Send { .. } | Stored::Deliver(_))
 }

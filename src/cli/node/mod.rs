@@ -129,15 +129,18 @@ async fn converse(opening: &mut Opening, shutdown: &Shutdown) -> anyhow::Result<
             let (at_once, later) = requests.split_at(at_once);
             write(conversation.write_all(at_once, Vec::new())?).await?;
             if !later.is_empty() {
-                let later_stored: Vec<&Stored> = later.iter().filter_map(|(_, request)| stored(request)).collect();
                 // Both only wait. Lines at hand are answered where that can be.
                 let engine = tokio::select! {
                     biased;
                     engine = opening.engine() => engine?,
                     () = shutdown.stopping() => return Ok(Outcome::Done),
                 };
-                let answers = engine.answer(&later_stored).await;
-                write(conversation.write_all(later, answers)?).await?;
+                // What is committed is answered before the next transaction begins.
+                for unit in later.chunk_by(|(_, a), (_, b)| !stands_alone(a) && !stands_alone(b)) {
+                    let unit_stored: Vec<&Stored> = unit.iter().filter_map(|(_, request)| stored(request)).collect();
+                    let answers = engine.answer(&unit_stored).await;
+                    write(conversation.write_all(unit, answers)?).await?;
+                }
             }
         }
     }
@@ -161,6 +164,11 @@ fn read(bytes: &Bytes) -> (Line, Result<Request, Refusal>) {
 /// What a request asks of the database.
 fn stored(request: &Result<Request, Refusal>) -> Option<&Stored> {
     if let Ok(Request::Stored(stored)) = request { Some(stored) } else { None }
+}
+
+/// Whether a request is a transaction by itself.
+fn stands_alone(request: &Result<Request, Refusal>) -> bool {
+    stored(request).is_some_and(|stored| !engine::is_adding(stored))
 }
 
 /// Where nobody reads, a thread waits and not the runtime: a signal still ends it.
