@@ -182,4 +182,21 @@ union all
 select 'indexes', format('index %s of table %s %s', x.name, x.relation, x.finding), x.remedy
 from indexes x
 where x.finding is not null
+union all
+-- Those that are none of pgonce refuse what it writes. (NOT NULL has constraints since PostgreSQL 18.)
+select 'constraints', format('constraint %I of table %I is none of pgonce', k.conname, t.relname),
+       format('alter table pgonce.%I drop constraint %I', t.relname, k.conname)
+from pg_constraint k
+join tables t on t.oid = k.conrelid
+where k.contype in ('c', 'f', 'p', 'u', 'x')
+  and t.relname in (select e.relation from expected_constraints e)
+  and not exists (select from expected_constraints e where e.relation = t.relname and e.name = k.conname)
+union all
+select 'indexes', format('unique index %I of table %I is none of pgonce', x.relname, t.relname),
+       format('drop index pgonce.%I', x.relname)
+from pg_index i
+join tables t on t.oid = i.indrelid
+join pg_class x on x.oid = i.indexrelid
+where i.indisunique and not exists (select from pg_constraint k where k.conindid = i.indexrelid)
+  and not exists (select from expected_indexes e where e.relation = t.relname and e.name = x.relname)
 order by 1, 2

@@ -15,9 +15,9 @@ use clap::Args;
 use serde::Serialize;
 
 use self::checks::{Finding, Severity};
-use super::Outcome;
 use super::connection::Connection;
 use super::text::{count, print_json, say};
+use super::{Outcome, is_broken_pipe};
 
 /// What is said where nothing is in the way.
 const CAN: &str = "System can achieve exactly-once semantics";
@@ -63,12 +63,18 @@ impl Doctor {
         };
         let can_achieve_exactly_once = findings.iter().all(|finding| finding.severity != Severity::Fault);
         let report = Report { findings, can_achieve_exactly_once };
-        if self.json {
-            print_json(&report)?;
+        let printed = if self.json {
+            print_json(&report)
         } else if self.design.is_some() {
-            report.print_messages()?;
+            report.print_messages().map_err(Into::into)
         } else {
-            report.print()?;
+            report.print().map_err(Into::into)
+        };
+        // The verdict stands, whether somebody reads on or not.
+        if let Err(error) = printed
+            && !is_broken_pipe(&error)
+        {
+            return Err(error);
         }
         Ok(if can_achieve_exactly_once { Outcome::Done } else { Outcome::Faulty })
     }

@@ -35,6 +35,8 @@ const BROKEN: &[(&str, &str)] = &[
              add constraint leases_epoch_check check (epoch >= 0) not valid",
         "constraints",
     ),
+    ("alter table pgonce.outbox add constraint nothing check (false) not valid", "constraints"),
+    ("create unique index one_a_topic on pgonce.set_aside (topic_id)", "indexes"),
     ("drop index pgonce.outbox_in_order", "indexes"),
     (
         "drop index pgonce.dead_letters_dead; create index dead_letters_dead on pgonce.dead_letters (partition)",
