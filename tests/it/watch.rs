@@ -140,6 +140,7 @@ async fn a_watch_names_what_is_due_and_relay_ends_it() {
     })
     .await;
     assert_eq!(Consumer::sql(CONSUMER, INSERT).step(&pool).await.expect("received").applied, 1);
-    assert!(due(&client).await.is_empty());
+    // The relay has another look to take when a transaction of another test ends.
+    assert!(!due(&client).await.contains(&"consumer c".to_owned()));
     assert_eq!(sqlstate(&client, "select pgonce.watch(null, null, 60001)").await, "PO003");
 }
