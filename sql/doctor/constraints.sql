@@ -39,6 +39,7 @@ with expected_constraints (relation, name, definition) as (values
   ('consumers', 'consumers_check', 'CHECK (((backoff_max_ms >= backoff_min_ms) AND (backoff_max_ms <= 86400000)))'),
   ('consumers', 'consumers_check1', 'CHECK (((kind = ''transactional''::text) OR (topic_id IS NOT NULL)))'),
   ('consumers', 'consumers_consumer_check', 'CHECK (((octet_length(consumer) >= 1) AND (octet_length(consumer) <= 255)))'),
+  ('consumers', 'consumers_delivery_check', 'CHECK ((delivery = ANY (ARRAY[''exactly_once''::text, ''at_least_once''::text, ''at_most_once''::text])))'),
   ('consumers', 'consumers_failure_policy_check', 'CHECK ((failure_policy = ANY (ARRAY[''park_key''::text, ''block''::text, ''skip''::text])))'),
   ('consumers', 'consumers_kind_check', 'CHECK ((kind = ANY (ARRAY[''transactional''::text, ''external''::text])))'),
   ('consumers', 'consumers_topic_id_fkey', 'FOREIGN KEY (topic_id) REFERENCES pgonce.topics(topic_id)'),

@@ -1,4 +1,5 @@
--- Consumers whose guarantee is a weaker one, and those that nobody runs. That a consumer is at_least_once leaves no trace.
+-- Consumers whose guarantee is a weaker one, and those that nobody runs. Which mode it is says whoever runs one; that
+-- messages are with a handler is also seen of those who have not said so.
 select
   'external-consumers' as "check",
   format('consumer %s is external', c.consumer) as subject,
@@ -6,9 +7,13 @@ select
 from pgonce.consumers c
 where c.kind = 'external'
 union all
-select distinct 'weaker-modes', format('consumer %s is at_most_once', o.consumer), null
-from pgonce.consumer_offsets o
-where o.handler is not null
+select distinct 'weaker-modes', format('consumer %s is %s', c.consumer, m.delivery), null
+from pgonce.consumers c
+cross join lateral (
+  select c.delivery where c.kind = 'transactional'
+  union
+  select 'at_most_once' from pgonce.consumer_offsets o where o.consumer = c.consumer and o.handler is not null) m
+where m.delivery <> 'exactly_once'
 union all
 select
   'unattended-consumers',

@@ -11,7 +11,7 @@ functions (anchor, name) as (
   from unnest(array[
     'relay', 'receive', 'receive_seen', 'seen_progress', 'open_batch', 'open_messages', 'apply_statements',
     'try_statements', 'fail', 'hand_over', 'finish_handover', 'bury', 'process_once', 'watch', 'beat', 'leave',
-    'take_suspicion', 'clear_suspicion', 'acquire', 'peek', 'ack', 'nack', 'renew', 'release', 'sample_rates',
+    'take_suspicion', 'clear_suspicion', 'set_delivery', 'acquire', 'peek', 'ack', 'nack', 'renew', 'release', 'sample_rates',
     'record_handler_times', 'emit', 'emitted_id', 'checkpoint_if_due']) f(name)
   union all
   select 'enqueue_many', f.name from unnest(array['enqueue', 'cancel']) f(name)

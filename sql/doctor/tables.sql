@@ -18,7 +18,7 @@ with expected (relation, columns) as (values
   ('set_aside',
    'topic_id integer not null, partition integer not null, seq bigint not null, message_id text not null, key text, payload jsonb not null, headers jsonb, reason text not null, set_aside_at timestamp with time zone not null default'),
   ('consumers',
-   'consumer_id integer not null identity, consumer text not null, topic_id integer, paused boolean not null default, kind text not null default, failure_policy text not null default, attempts_max integer not null default, backoff_min_ms integer not null default, backoff_max_ms integer not null default, created_at timestamp with time zone not null default'),
+   'consumer_id integer not null identity, consumer text not null, topic_id integer, paused boolean not null default, kind text not null default, failure_policy text not null default, attempts_max integer not null default, backoff_min_ms integer not null default, backoff_max_ms integer not null default, delivery text not null default, created_at timestamp with time zone not null default'),
   ('consumer_partitions',
    'consumer_id integer not null, partition integer not null'),
   ('progress',

@@ -195,6 +195,7 @@ create table pgonce.consumers (
   attempts_max integer not null default 10 check (attempts_max between 1 and 1000),
   backoff_min_ms integer not null default 500 check (backoff_min_ms between 1 and 86400000),
   backoff_max_ms integer not null default 30000 check (backoff_max_ms between backoff_min_ms and 86400000),
+  delivery text collate "C" not null default 'exactly_once' check (delivery in ('exactly_once', 'at_least_once', 'at_most_once')),
   created_at timestamptz not null default clock_timestamp(),
   check (kind = 'transactional' or topic_id is not null)
 );
@@ -208,6 +209,7 @@ comment on column pgonce.consumers.failure_policy is 'What waits while a message
 comment on column pgonce.consumers.attempts_max is 'After so many failed attempts a message becomes a dead letter.';
 comment on column pgonce.consumers.backoff_min_ms is 'Longest wait after the first failed attempt, in milliseconds; it doubles with each further one. The wait is random up to it.';
 comment on column pgonce.consumers.backoff_max_ms is 'Longest wait after any failed attempt, in milliseconds.';
+comment on column pgonce.consumers.delivery is 'How often the effect of a message happens where a process dies, as whoever runs it has said last (set_delivery). Means nothing where its effect is elsewhere.';
 comment on column pgonce.consumers.created_at is 'When the consumer was created.';
 
 create table pgonce.consumer_partitions (

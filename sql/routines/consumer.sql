@@ -1,7 +1,8 @@
--- Consumers: create_consumer, drop_consumer, pause_consumer, resume_consumer.
+-- Consumers: create_consumer, drop_consumer, pause_consumer, resume_consumer, set_delivery.
 --
 -- Locks: create locks the topic's row FOR KEY SHARE, so that the topic cannot be dropped meanwhile; drop takes the
--- consumer's row and then its offset locks in ascending order, so that it waits for a worker that is at a batch.
+-- consumer's row and then its offset locks in ascending order, so that it waits for a worker that is at a batch. pause,
+-- resume and set_delivery take the consumer's row; the last one waits for nobody.
 
 create or replace function pgonce.consumer_row(consumer text)
 returns pgonce.consumers
@@ -246,3 +247,28 @@ begin
   return query update pgonce.consumers c set paused = false where c.consumer = resume_consumer.consumer returning c.*;
 end $$;
 comment on function pgonce.resume_consumer is 'Ends a pause. Errors: PO002.';
+
+create or replace function pgonce.set_delivery(consumer text, delivery text)
+returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  reader pgonce.consumers := pgonce.transactional_row(consumer);
+begin
+  if delivery is null or delivery not in ('exactly_once', 'at_least_once', 'at_most_once') then
+    raise exception using errcode = 'PO003', message = format('delivery %L of consumer %L', delivery, consumer),
+      hint = 'It is exactly_once, at_least_once or at_most_once.';
+  elsif reader.delivery = set_delivery.delivery then
+    return true;
+  end if;
+  -- Whoever runs it says so on its way to the next messages, and is not to be held up.
+  perform from pgonce.consumers c where c.consumer_id = reader.consumer_id for no key update skip locked;
+  if not found then
+    return false;
+  end if;
+  update pgonce.consumers c set delivery = set_delivery.delivery where c.consumer_id = reader.consumer_id;
+  return true;
+end $$;
+comment on function pgonce.set_delivery is 'Writes down how often the effect of a message happens where a process dies: exactly_once, where one transaction holds receive and effect, at_least_once, where the effect commits first, or at_most_once, where receive does. Changes nothing but what consumers.delivery says, which the doctor reads. False where the consumer''s row is locked: say it again. Errors: PO002, PO003, PO007 (an inbox, or external).';

@@ -6,6 +6,9 @@
 //! * At most once: the transaction that received commits, then the handler acts in the other one. What that has not
 //!   committed becomes dead letters, whatever it was that ended it (`sql/routines/handover.sql`).
 
+use std::sync::atomic::Ordering;
+
+use tokio_postgres::types::Type;
 use tokio_postgres::{IsolationLevel, Row, Transaction};
 
 use super::batch::{Content, OpenBatch, Scope, Slice};
@@ -204,6 +207,20 @@ impl Consumer {
             message_timeout: self.message_timeout,
             times: &self.times,
         }
+    }
+
+    /// Writes the mode down before the first step in it, for those who look whether an installation keeps all promises.
+    pub(super) async fn declare_delivery(&self, database: &Database) -> Result<(), Error> {
+        if self.is_declared.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let session = database.session().await?;
+        let statement = database.schema().sql(include_str!("../../sql/statements/set_delivery.sql"));
+        let mode = self.delivery.name();
+        let row = session.query_typed_one(&statement, &[(&self.name, Type::TEXT), (&mode, Type::TEXT)]).await?;
+        session.give_back();
+        self.is_declared.store(row.try_get("is_written")?, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Refuses a delivery mode that its kind cannot have.

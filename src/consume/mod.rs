@@ -14,7 +14,7 @@ mod failure;
 mod handler;
 mod handler_times;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio_postgres::types::Type;
@@ -54,6 +54,8 @@ pub struct Consumer {
     batch_messages: i32,
     message_timeout: Duration,
     delivery: Delivery,
+    /// Whether the database knows of the delivery mode.
+    is_declared: AtomicBool,
     schedule: Option<Schedule>,
     /// How many steps are still to be careful, since a message failed.
     caution: AtomicU32,
@@ -148,6 +150,7 @@ impl Consumer {
             batch_messages: BATCH_MESSAGES,
             message_timeout: MESSAGE_TIMEOUT,
             delivery: Delivery::default(),
+            is_declared: AtomicBool::new(false),
             schedule: None,
             caution: AtomicU32::new(0),
             times: HandlerTimes::new(),
@@ -328,6 +331,7 @@ impl Consumer {
     }
 
     async fn step_in(&self, effect: &dyn Effect, database: &Database, scope: Scope) -> Result<Consumed, Error> {
+        self.declare_delivery(database).await?;
         if self.delivery == Delivery::AtMostOnce {
             return self.step_at_most_once(effect, database, scope).await;
         }

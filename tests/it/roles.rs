@@ -47,6 +47,7 @@ const WORKER: &[&str] = &[
     "sample_rates",
     "seen_progress",
     "take_suspicion",
+    "set_delivery",
     "try_statements",
     "watch",
 ];

@@ -178,7 +178,7 @@ pub(super) const CHECKS: &[Check] = &[
     ),
     fault(
         "weaker-modes",
-        "A message whose handler does not come to its end is not applied: it becomes a dead letter.",
+        "A process that dies loses the effects of the messages at hand (at_most_once), or they are applied again (at_least_once).",
         "Run the consumer with the delivery mode exactly_once, or accept it knowingly.",
     ),
     fault(

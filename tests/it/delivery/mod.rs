@@ -20,7 +20,7 @@ use tokio_postgres::{Client, Transaction};
 
 use crate::cancellation::polled;
 use crate::fixture::TestDatabase;
-use crate::probe::{WAIT_MAX, create, eventually, idle_in_transaction, number, texts};
+use crate::probe::{WAIT_MAX, create, eventually, idle_in_transaction, number, sqlstate, texts};
 
 const TOPIC: &str = "t";
 const CONSUMER: &str = "c";
@@ -334,6 +334,34 @@ async fn the_isolation_level_that_is_set_for_a_database_does_not_matter() {
         assert_eq!(drain(&world.database.database(2), &consumer).await.applied, 6);
         assert_eq!(world.joined(DEAD).await, "b1", "{delivery:?}");
         world.assert_books().await;
+    }
+}
+
+#[tokio::test]
+async fn the_mode_is_written_down_and_waits_for_nobody() {
+    const DECLARED: &str = "select delivery from pgonce.consumers where consumer = 'c'";
+    let world = World::new(1, "a0 a1 a2 a3 a4 a5").await;
+    let pool = world.database.database(2);
+    let holder = world.database.connect().await;
+    let mut before = "exactly_once".to_owned();
+    for delivery in [Delivery::AtLeastOnce, Delivery::AtMostOnce, Delivery::ExactlyOnce] {
+        let consumer = world.consumer(delivery, false).batch_messages(1);
+        holder.batch_execute("begin; select from pgonce.consumers for no key update").await.expect("locked");
+        assert_eq!(consumer.step(&pool).await.expect("nobody waits").applied, 1);
+        assert_eq!(world.joined(DECLARED).await, before);
+        holder.batch_execute("rollback").await.expect("free");
+        assert_eq!(consumer.step(&pool).await.expect("a step").applied, 1);
+        delivery.name().clone_into(&mut before);
+        assert_eq!(world.joined(DECLARED).await, before);
+    }
+    for (arguments, expected) in [
+        ("'c', 'twice'", "PO003"),
+        ("'c', null", "PO003"),
+        ("null, 'exactly_once'", "PO002"),
+        ("'inbox', 'exactly_once'", "PO007"),
+    ] {
+        let set = format!("select pgonce.create_consumer('inbox'); select pgonce.set_delivery({arguments})");
+        assert_eq!(sqlstate(&world.client, &set).await, expected, "{arguments}");
     }
 }
 

@@ -2,6 +2,10 @@
 
 use std::process::Stdio;
 
+use pgonce::{Consumer, Database, Delivery, Handler, HandlerError, Received, Schema};
+use serde_json::Value;
+use tokio_postgres::Transaction;
+
 use super::{Clinic, checks, findings, report};
 use crate::fixture::TestDatabase;
 use crate::probe::{eventually, number};
@@ -71,6 +75,34 @@ async fn consumers_that_promise_less_or_stand_still_are_found() {
     assert_eq!(findings(&many)[100]["subject"], "5 more");
     clinic.run("delete from pgonce.members").await;
     clinic.expect("all is mended", &[], false);
+    clinic.close().await;
+}
+
+struct Nothing;
+
+impl Handler for Nothing {
+    type Payload = Value;
+
+    async fn handle(&self, _: &Transaction<'_>, _: Received<Value>) -> Result<(), HandlerError> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_weaker_mode_is_found_also_when_nobody_runs_the_consumer_any_more() {
+    let clinic = Clinic::open().await;
+    for (delivery, finding) in [
+        (Delivery::AtLeastOnce, Some("consumer counter is at_least_once")),
+        (Delivery::AtMostOnce, Some("consumer counter is at_most_once")),
+        (Delivery::ExactlyOnce, None),
+    ] {
+        let database = Database::connect(&clinic.url(), Schema::default(), 2).expect("a database");
+        Consumer::each("counter", Nothing).delivery(delivery).step(&database).await.expect("a step");
+        database.close();
+        let checks: &[&str] = finding.map_or(&[], |_| &["weaker-modes"]);
+        let report = clinic.expect(delivery.name(), checks, finding.is_some());
+        assert_eq!(findings(&report).first().and_then(|found| found["subject"].as_str()), finding);
+    }
     clinic.close().await;
 }
 
