@@ -28,5 +28,5 @@ where (l.lag > 0 or l.parked > 0)
   and not exists (
     select from pgonce.members m
     where l.consumer = any (m.consumers) and m.beat_at > clock_timestamp() - interval '5 seconds'
-      and exists (select from pg_stat_activity a where a.pid = m.pid))
+      and exists (select from pg_stat_activity a where a.pid = m.pid and a.datname = current_database()))
 order by 1, 2

@@ -5,7 +5,7 @@ with living as (
   select m.member_id
   from pgonce.members m
   where m.beat_at > clock_timestamp() - interval '5 seconds'
-    and exists (select from pg_stat_activity a where a.pid = m.pid)
+    and exists (select from pg_stat_activity a where a.pid = m.pid and a.datname = current_database())
 )
 select
   'dead-owners' as "check",

@@ -14,7 +14,7 @@ as $$
 begin
   -- The server notices at once when a process ends; behind a pooler only the silence tells.
   return member.beat_at > clock_timestamp() - interval '5 seconds'
-    and exists (select from pg_stat_activity a where a.pid = member.pid);
+    and exists (select from pg_stat_activity a where a.pid = member.pid and a.datname = current_database());
 end $$;
 comment on function pgonce.lives is 'Internal: whether a process has said lately that it lives, and its connection is there.';
 

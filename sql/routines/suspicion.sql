@@ -103,7 +103,7 @@ begin
       continue when exists (
           select from pgonce.members m where m.member_id = suspicion.tried_by and pgonce.lives(m))
         or (suspicion.tried_at > clock_timestamp() - interval '5 seconds'
-          and exists (select from pg_stat_activity a where a.pid = suspicion.tried_pid));
+          and exists (select from pg_stat_activity a where a.pid = suspicion.tried_pid and a.datname = current_database()));
       if suspicion.tried_offset is null then
         -- Parked messages were tried first, if any were due.
         if pgonce.next_to_receive(reader, suspicion.partition, next_offset) = next_offset then

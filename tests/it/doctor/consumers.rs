@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use pgonce::{Consumer, Database, Delivery, Handler, HandlerError, Received, Schema};
 use serde_json::Value;
-use tokio_postgres::Transaction;
+use tokio_postgres::{NoTls, Transaction};
 
 use super::{Clinic, checks, findings, report};
 use crate::fixture::TestDatabase;
@@ -68,6 +68,14 @@ async fn consumers_that_promise_less_or_stand_still_are_found() {
     ] {
         clinic.case(break_it, expected, Some(mend_it)).await;
     }
+    // A dump that was restored beside its original: the process is there, and works on another database.
+    let (elsewhere, connection) =
+        tokio_postgres::connect(&clinic.server.url("postgres"), NoTls).await.expect("connected");
+    tokio::spawn(connection);
+    let pid = elsewhere.query_one("select pg_backend_pid()", &[]).await.expect("a number").get::<_, i32>(0);
+    let beats =
+        format!("insert into pgonce.members (member_id, pid, consumers) values ('{gone}', {pid}, '{{counter}}')");
+    clinic.case(&beats, &["dead-owners"], Some("delete from pgonce.members")).await;
     // Of many, no more are told than somebody reads.
     clinic.run("insert into pgonce.members select gen_random_uuid(), 0, '{}' from generate_series(1, 105)").await;
     let many = clinic.expect("many are dead", &["dead-owners"], true);
