@@ -132,7 +132,7 @@ impl Installed {
 ///
 /// # Errors
 ///
-/// Errors of the database.
+/// [`ErrorKind::SchemaMissing`] where the schema is there and does not say its version; errors of the database.
 pub async fn installed<C: GenericClient>(client: &C, schema: &Schema) -> Result<Option<Installed>, Error> {
     let found = client
         .query_typed_one(include_str!("../sql/statements/versions_exist.sql"), &[(&schema.name(), Type::TEXT)])
@@ -146,14 +146,17 @@ pub async fn installed<C: GenericClient>(client: &C, schema: &Schema) -> Result<
         .query_typed_opt(&schema.sql(include_str!("../sql/statements/newest_version.sql")), &[])
         .await
         .map_err(|error| Error::from(error).within(&format!("role {role:?}")))?;
-    row.map(|row| {
-        Ok(Installed {
-            version: row.try_get("version")?,
-            program: row.try_get("program")?,
-            digest: row.try_get("routines_digest")?,
-        })
-    })
-    .transpose()
+    let row = row.ok_or_else(|| {
+        Error::new(ErrorKind::SchemaMissing, format!("the schema {:?} does not say its version", schema.name()))
+            .with_hint(
+                "Its table schema_versions is empty. Restore that from a backup; nothing can be installed meanwhile.",
+            )
+    })?;
+    Ok(Some(Installed {
+        version: row.try_get("version")?,
+        program: row.try_get("program")?,
+        digest: row.try_get("routines_digest")?,
+    }))
 }
 
 #[cfg(test)]

@@ -107,6 +107,16 @@ async fn what_is_missing_or_old_is_said_with_the_command_that_helps() {
     let error = check_version(&client, &Schema::default()).await.expect_err("too old");
     assert_eq!(error.kind(), ErrorKind::SchemaTooOld);
     assert!(error.hint().is_some_and(|hint| hint.contains("pgonce migrate")));
+
+    let (_database, mut client) = installed().await;
+    client.batch_execute("delete from pgonce.schema_versions").await.expect("emptied");
+    for error in [
+        check_version(&client, &Schema::default()).await.expect_err("no version"),
+        migrate(&mut client, &Schema::default()).await.expect_err("no version"),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::SchemaMissing);
+        assert!(error.hint().is_some_and(|hint| hint.contains("schema_versions is empty")), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -65,6 +65,11 @@ const fn warning(name: &'static str, consequence: &'static str, remedy: &'static
 /// All checks, in the order in which they are told.
 pub(super) const CHECKS: &[Check] = &[
     fault(
+        "schema",
+        "This program cannot work with the database, and nothing else was examined.",
+        "Install or upgrade the schema: pgonce migrate.",
+    ),
+    fault(
         "unexamined",
         "Whether something is in the way there is not known.",
         "Run the doctor as the owner of the schema, or as a member of that role.",

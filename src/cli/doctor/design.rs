@@ -118,13 +118,15 @@ pub(super) fn judge(file: &Path) -> anyhow::Result<Vec<Finding>> {
         return Err(refused(format!("it has more than {DESIGN_BYTES_MAX} bytes")).into());
     }
     let text = String::from_utf8(bytes).map_err(|_| refused("it is no UTF-8".to_owned()))?;
+    // A byte order mark, as some editors write it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let extension = file.extension().and_then(|extension| extension.to_str()).map(str::to_ascii_lowercase);
     let entries = match extension.as_deref() {
-        Some("json") => read_json(&text),
-        Some("toml") => read_toml(&text),
+        Some("json") => read_json(text),
+        Some("toml") => read_toml(text),
         // What begins so is JSON in either case: its error is the one that helps.
-        _ if text.trim_start().starts_with('{') => read_json(&text),
-        _ => read_toml(&text),
+        _ if text.trim_start().starts_with('{') => read_json(text),
+        _ => read_toml(text),
     };
     let design = entries.and_then(Design::of).map_err(refused)?;
     Ok(design.findings())

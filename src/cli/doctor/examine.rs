@@ -10,9 +10,11 @@ use tokio_postgres::{Client, Row, Transaction};
 use super::super::connection::Connection;
 use super::super::text::count;
 use super::checks::{CHECKS, Finding};
-use super::routines::{What, defined};
+use super::routines::{Body, Expression, Manner, What, defined};
 use crate::migrate::{ROUTINES, is_own};
-use crate::{Database, Error, Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Schema, check_version, installed};
+use crate::{
+    Database, Error, ErrorKind, Installed, SCHEMA_VERSION, SCHEMA_VERSION_MAX, Schema, check_version, installed,
+};
 
 /// Statements that answer rows `check`, `subject` and `remedy`, behind the checks that they make; the remedy may be null.
 const STATEMENTS: &[(&str, &str)] = &[
@@ -71,7 +73,14 @@ pub(super) async fn examine(connection: &Connection) -> anyhow::Result<Vec<Findi
     let database = connection.open(2)?;
     let schema = database.schema();
     let mut session = database.session().await?;
-    check_version(&*session, schema).await?;
+    if let Err(error) = check_version(&*session, schema).await {
+        return if matches!(error.kind(), ErrorKind::SchemaMissing | ErrorKind::SchemaTooOld | ErrorKind::SchemaTooNew) {
+            let finding = Finding::of("schema", &error, error.hint().map(str::to_owned));
+            Ok(vec![finding.context("there is no check for schemas")?])
+        } else {
+            Err(error.into())
+        };
+    }
     let found = installed(&*session, schema).await?.context("the schema is gone")?;
     let first = ask_who(&session, schema).await?;
     let mut examination =
@@ -231,23 +240,24 @@ impl Examination<'_> {
                 self.add("routines", format!("{kind} {name} is missing"), None)?;
                 continue;
             };
-            let is_altered = match routine.what {
-                What::Function { body, is_definer, mut settings } => {
-                    let found: Vec<String> = row.try_get("settings")?;
-                    let mut found: Vec<String> = found.iter().map(|setting| setting.to_lowercase()).collect();
-                    settings.sort();
-                    found.sort();
-                    let has_its_body =
-                        body.is_none_or(|body| row.try_get("body").is_ok_and(|found: &str| found == body));
-                    !has_its_body || is_definer != row.try_get::<_, bool>("is_definer")? || settings != found
+            let outcome = match routine.what {
+                What::Function { manner, .. } if manner != Manner::found(row)? => Ok(true),
+                What::Function { body: Body::Kept(text), .. } => Ok(row.try_get::<_, &str>("body")? != text),
+                What::Function { body: Body::Inlined { arguments, expression }, .. } => {
+                    self.plans_differ(transaction, inlined_plans(name, &arguments, &expression)).await?
                 }
-                What::View { query } => match self.view_is_altered(transaction, name, query).await? {
-                    Ok(is_altered) => is_altered,
-                    Err(refused) => {
-                        unseen.push((name, refused));
-                        continue;
-                    }
-                },
+                What::View { query } => {
+                    let sources = [format!("pgonce.{name}"), format!("({query})")];
+                    let statement = include_str!("../../../sql/doctor/view_plan.sql");
+                    self.plans_differ(transaction, sources.map(|source| statement.replace("$1", &source))).await?
+                }
+            };
+            let is_altered = match outcome {
+                Ok(is_altered) => is_altered,
+                Err(refused) => {
+                    unseen.push((name, refused));
+                    continue;
+                }
             };
             if is_altered {
                 self.add("routines", format!("{kind} {name} is not as this program installs it"), None)?;
@@ -255,22 +265,24 @@ impl Examination<'_> {
         }
         // Most often a role may see none of the tables below them: that is one finding.
         if let Some((name, refused)) = unseen.first() {
-            self.add_unexamined(&format!("routines: {}, such as {name}", count(unseen.len() as u64, "view")), refused)?;
+            self.add_unexamined(
+                &format!("routines: {}, such as {name}", count(unseen.len() as u64, "routine")),
+                refused,
+            )?;
         }
         Ok(())
     }
 
-    async fn view_is_altered(
+    /// Whether what is there, and what this program installs, are planned differently.
+    async fn plans_differ(
         &self,
         transaction: &mut Transaction<'_>,
-        name: &str,
-        query: &str,
+        statements: [String; 2],
     ) -> anyhow::Result<Result<bool, Refused>> {
-        let statement = include_str!("../../../sql/doctor/view_plan.sql");
         for _ in 0..PLANS_MAX {
             let mut plans = Vec::new();
-            for source in [format!("pgonce.{name}"), format!("({query})")] {
-                match ask(transaction, &self.schema.sql(&statement.replace("$1", &source))).await? {
+            for statement in &statements {
+                match ask(transaction, &self.schema.sql(statement)).await? {
                     Ok(rows) => plans.push(rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<String>, _>>()?),
                     Err(refused) => return Ok(Err(refused)),
                 }
@@ -352,6 +364,21 @@ impl Examination<'_> {
         told.sort_by_key(|finding| CHECKS.iter().position(|check| check.name == finding.check));
         told
     }
+}
+
+/// The statements that show what a function is inlined into, and what it would be.
+fn inlined_plans(name: &str, arguments: &[(&str, &str)], expression: &Expression) -> [String; 2] {
+    let list = |argument: &dyn Fn(&str, &str) -> String| {
+        arguments.iter().map(|(name, of_type)| argument(name, of_type)).collect::<Vec<_>>().join(", ")
+    };
+    let columns = list(&|name, of_type| format!("null::{of_type} as \"{name}\""));
+    let call = format!("pgonce.{name}({})", list(&|argument, _| format!("{name}.\"{argument}\"")));
+    let sources = match expression {
+        Expression::Value(value) => [call, (*value).to_owned()],
+        Expression::Rows(query) => [format!("* from {call}"), format!("* from ({query}) as query")],
+    };
+    let statement = include_str!("../../../sql/doctor/inlined_plan.sql");
+    sources.map(|source| statement.replace("$1", name).replace("$2", &columns).replace("$3", &source))
 }
 
 /// Why the server did not answer.

@@ -19,7 +19,7 @@ async fn a_role_is_told_what_it_may_not_see_and_which_grants_are_missing() {
     assert_eq!(checks(&report), ["unexamined", "unexamined-warnings"].into(), "{report:#}");
     let told = findings(&report).iter().map(|finding| format!("{} {}\n", finding["subject"], finding["remedy"]));
     let told: String = told.collect();
-    for what in ["dead-owners: permission denied", "autovacuum, xmin-horizon: ", "such as partition_heads"] {
+    for what in ["dead-owners: permission denied", "autovacuum, xmin-horizon: ", "such as partition_of"] {
         assert!(told.contains(what), "{what}\n{told}");
     }
     assert!(told.contains("grant pgonce to clerk"), "{told}");

@@ -162,8 +162,26 @@ async fn functions_and_views_that_were_altered_are_found_and_installed_anew() {
     let anew = migration_sql(&Schema::default(), 1);
     let leave = "create or replace function pgonce.leave(member_id uuid) returns void language plpgsql volatile
                  security definer set search_path = pg_catalog, pg_temp as $$ begin end $$";
+    let receive = "create or replace function pgonce.receive(
+          consumer text, max integer default 1000, partition integer default null, max_bytes bigint default 8388608,
+          suspects boolean default true)
+        returns setof pgonce.received_message language sql stable rows 1000
+        begin atomic
+          select r.consumer, r.partition, r.\"offset\", r.message_id, r.key, r.payload, r.headers, r.enqueued_at, r.attempt
+          from pgonce.receive_seen(
+            receive.consumer, receive.max, receive.partition, receive.max_bytes, true,
+            pgonce.seen_progress(receive.consumer, receive.partition)) r;
+        end";
     for break_it in [
         leave,
+        receive,
+        "alter function pgonce.receive volatile",
+        "alter function pgonce.partition_of called on null input",
+        "create or replace function pgonce.partition_of(key text, partitions integer) returns integer
+         language sql stable strict parallel safe return mod(hashtext(key), partitions)",
+        "create or replace function pgonce.is_watched() returns boolean language sql volatile return false",
+        "create or replace function pgonce.new_message_id() returns text
+         language sql volatile parallel safe as 'select gen_random_uuid()::text'",
         "drop function pgonce.leave",
         "alter function pgonce.leave security invoker",
         "alter function pgonce.leave reset search_path",
@@ -182,6 +200,31 @@ async fn functions_and_views_that_were_altered_are_found_and_installed_anew() {
     let break_it = "update pgonce.schema_versions set program = '99.0.0', routines_digest = ''";
     clinic.case(break_it, &["version"], Some(&anew)).await;
     clinic.expect("all is mended", &[], false);
+    clinic.close().await;
+}
+
+#[tokio::test]
+async fn a_schema_that_the_program_cannot_work_with_is_all_that_is_found() {
+    let clinic = Clinic::open().await;
+    for (break_it, remedy, mend_it) in [
+        ("alter schema pgonce rename to away", "pgonce init", "alter schema away rename to pgonce"),
+        ("update pgonce.schema_versions set version = 99", "or later", "update pgonce.schema_versions set version = 1"),
+        (
+            "create table kept as table pgonce.schema_versions; delete from pgonce.schema_versions",
+            "schema_versions is empty",
+            "insert into pgonce.schema_versions table kept",
+        ),
+    ] {
+        clinic.run(break_it).await;
+        let report = clinic.expect(break_it, &["schema"], true);
+        assert_eq!(findings(&report).len(), 1);
+        assert!(findings(&report)[0]["remedy"].as_str().expect("text").contains(remedy), "{report:#}");
+        clinic.run(mend_it).await;
+    }
+    clinic.expect("all is mended", &[], false);
+    let output = outcome(&["doctor", "--json", "--database-url", "postgresql://127.0.0.1:1/x"]);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+    assert!(output.stderr.starts_with(b"error: "));
     clinic.close().await;
 }
 
