@@ -7,7 +7,6 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Json, ToSql, Type};
 use tokio_postgres::{Row, Transaction};
 
-use super::delivery::Tried;
 use super::failure::{Blame, Trouble, Verdict};
 use super::handler_times::HandlerTimes;
 use crate::database::Database;
@@ -112,6 +111,25 @@ impl Failed {
     }
 }
 
+/// What became of messages that were handed over.
+#[derive(Default)]
+pub(super) struct Tried {
+    pub(super) failed: Vec<i64>,
+    /// Why, for each that failed.
+    pub(super) errors: Vec<String>,
+    /// What the handler has never seen.
+    pub(super) untried: Vec<i64>,
+    /// What no message is to blame for, and stopped the rest.
+    pub(super) elsewhere: Option<Error>,
+}
+
+impl Tried {
+    pub(super) fn fail(&mut self, offsets: &[i64], text: &str) {
+        self.failed.extend(offsets);
+        self.errors.extend(offsets.iter().map(|_| text.to_owned()));
+    }
+}
+
 impl OpenBatch<'_> {
     /// Receives the batch, with its payloads.
     pub(super) async fn receive(&self) -> Result<Content, Error> {
@@ -162,7 +180,7 @@ impl OpenBatch<'_> {
     /// After so long without a statement the server ends the session: whoever stopped, or was cut off from the server, holds
     /// the partition no longer.
     ///
-    /// A handler may be silent for its time, and is not begun after a silence of that length ([`Each`](super::handler::Each)).
+    /// A handler may be silent for its time, and is not begun after a silence of that length ([`Each`](super::effect::Each)).
     fn silence_max(&self) -> Duration {
         self.message_timeout.saturating_mul(2).saturating_add(SILENCE_MARGIN)
     }

@@ -11,9 +11,9 @@ use std::sync::atomic::Ordering;
 use tokio_postgres::types::Type;
 use tokio_postgres::{IsolationLevel, Row, Transaction};
 
-use super::batch::{Content, OpenBatch, Scope, Slice};
+use super::batch::{Content, OpenBatch, Scope, Slice, Tried};
+use super::effect::Effect;
 use super::failure::Trouble;
-use super::handler::Effect;
 use super::{Consumed, Consumer};
 use crate::database::Database;
 use crate::error::{Error, ErrorKind};
@@ -56,25 +56,6 @@ impl Delivery {
             Self::ExactlyOnce => 1,
             Self::AtLeastOnce | Self::AtMostOnce => 2,
         }
-    }
-}
-
-/// What became of messages that were handed over.
-#[derive(Default)]
-pub(super) struct Tried {
-    pub(super) failed: Vec<i64>,
-    /// Why, for each that failed.
-    pub(super) errors: Vec<String>,
-    /// What the handler has never seen.
-    pub(super) untried: Vec<i64>,
-    /// What no message is to blame for, and stopped the rest.
-    elsewhere: Option<Error>,
-}
-
-impl Tried {
-    fn fail(&mut self, offsets: &[i64], text: &str) {
-        self.failed.extend(offsets);
-        self.errors.extend(offsets.iter().map(|_| text.to_owned()));
     }
 }
 

@@ -19,8 +19,9 @@ use uuid::Uuid;
 
 use super::Consumed;
 use super::batch::received;
+use super::call::{BoxFuture, bounded};
 use super::failure::{Blame, Trouble, Verdict};
-use super::handler::{BoxFuture, HandlerError, bounded};
+use super::handler::HandlerError;
 use super::handler_times::HandlerTimes;
 use crate::error::Error;
 use crate::lease::{Epoch, Holder, Lease, Outcome};

@@ -8,7 +8,9 @@
 //! batch before has written.
 
 mod batch;
+mod call;
 mod delivery;
+mod effect;
 mod external;
 mod failure;
 mod handler;
@@ -26,11 +28,11 @@ use crate::lease::Holder;
 
 use batch::{Content, Failed, OpenBatch, Scope};
 pub use delivery::Delivery;
+use effect::Effect;
 use external::External;
 pub use external::ExternalHandler;
 pub use failure::Failure;
 use failure::Trouble;
-use handler::Effect;
 pub use handler::{BatchHandler, Handler, HandlerError};
 use handler_times::{HandlerTimes, Taken};
 
@@ -90,13 +92,13 @@ impl Consumer {
     /// A consumer whose handler takes one message at a time.
     #[must_use]
     pub fn each<H: Handler>(name: impl Into<String>, handler: H) -> Self {
-        Self::with_effect(name, handler::Each(handler))
+        Self::with_effect(name, effect::Each(handler))
     }
 
     /// A consumer whose handler takes a batch at a time.
     #[must_use]
     pub fn batch<H: BatchHandler>(name: impl Into<String>, handler: H) -> Self {
-        Self::with_effect(name, handler::Batch(handler))
+        Self::with_effect(name, effect::Batch(handler))
     }
 
     /// A consumer whose effect is SQL: one statement or several, separated by semicolons, over the relation `received`
@@ -115,7 +117,7 @@ impl Consumer {
     /// ```
     #[must_use]
     pub fn sql(name: impl Into<String>, statements: impl Into<String>) -> Self {
-        Self::with_effect(name, handler::Sql(statements.into()))
+        Self::with_effect(name, effect::Sql(statements.into()))
     }
 
     /// The built-in consumer: counts words into the table `word_counts`. Payloads are `{"word": …}`.
