@@ -2,7 +2,7 @@
 select
   n.nspname::text as name,
   quote_ident(n.nspname) as quoted,
-  n.nspname ~ '^pgonce_demo' as is_demo,
+  n.nspname ~ '^pgonce_(demo|scenario)' as is_play,
   has_schema_privilege(n.oid, 'usage') and has_table_privilege(v.oid, 'select') as may_read
 from pg_class v
 join pg_namespace n on n.oid = v.relnamespace

@@ -303,9 +303,9 @@ impl Examination<'_> {
         };
         for row in rows {
             let (name, quoted): (&str, &str) = (row.try_get("name")?, row.try_get("quoted")?);
-            if row.try_get("is_demo")? {
-                let remedy = format!("unless a demo is running: drop schema {quoted} cascade");
-                self.add("orphaned-schemas", format!("schema {quoted} is a demo's"), Some(remedy))?;
+            if row.try_get("is_play")? {
+                let remedy = format!("unless a demo or a scenario is running: drop schema {quoted} cascade");
+                self.add("orphaned-schemas", format!("schema {quoted} is one of a demo or a scenario"), Some(remedy))?;
                 continue;
             }
             let Ok(other) = Schema::new(name) else {

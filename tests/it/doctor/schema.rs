@@ -90,6 +90,12 @@ async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
             "alter table pgonce.set_aside alter column reason type text",
         ),
         (
+            "create schema pgonce_scenario_1; create table pgonce_scenario_1.schema_versions (like pgonce.schema_versions);
+             insert into pgonce_scenario_1.schema_versions table pgonce.schema_versions",
+            "orphaned-schemas",
+            "drop schema pgonce_scenario_1 cascade",
+        ),
+        (
             "create schema pgonce_demo; create table pgonce_demo.schema_versions (like pgonce.schema_versions)",
             "orphaned-schemas",
             "drop schema pgonce_demo cascade",
