@@ -48,6 +48,10 @@ pub(super) struct Node {
     /// Schema that holds the tables and functions of pgonce [default: pgonce].
     #[arg(long, value_name = "NAME", value_parser = parse_schema)]
     schema: Option<Schema>,
+    /// Answer envelopes by envelopes before `init` too: Maelstrom reads nothing else, and a node that it has killed and started
+    /// again may get requests before its `init`.
+    #[arg(long)]
+    envelopes: bool,
     /// Empty the tables of the node first.
     #[arg(long)]
     fresh: bool,
@@ -68,10 +72,11 @@ struct Opening {
 impl Node {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         let shutdown = Shutdown::on_signals(GRACEFUL_STOP).context("cannot listen for signals")?;
+        let conversation = Conversation::new(self.envelopes);
         let mut opening = Opening { task: tokio::spawn(self.open()), opened: None };
         // Dropped at any point it is as if it were killed: a batch is committed or not, and its lines are not answered. What is
         // not opened yet is removed by the server's guardian when this process has ended.
-        let outcome = shutdown.or_aborted(converse(&mut opening, &shutdown)).await;
+        let outcome = shutdown.or_aborted(converse(conversation, &mut opening, &shutdown)).await;
         if let Some(World { server: Some(server), .. }) = opening.opened {
             tokio::task::spawn_blocking(move || server.stop()).await??;
         }
@@ -101,8 +106,11 @@ impl Opening {
 }
 
 /// Answers lines until their end, or until it is asked to stop. What needs no database does not wait for it to be opened.
-async fn converse(opening: &mut Opening, shutdown: &Shutdown) -> anyhow::Result<Outcome> {
-    let mut conversation = Conversation::default();
+async fn converse(
+    mut conversation: Conversation,
+    opening: &mut Opening,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Outcome> {
     // Some lines wait while others are answered.
     let (give, mut arrived) = mpsc::channel(1);
     let reader = tokio::task::spawn_blocking(move || input::read(std::io::stdin(), &give));

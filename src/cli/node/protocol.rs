@@ -115,8 +115,10 @@ pub(super) struct Output {
 }
 
 /// The side of a conversation that answers: after `init` in envelopes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Conversation {
+    /// Whether the answers to envelopes are envelopes before that too.
+    begins_in_envelopes: bool,
     node_id: Option<String>,
     next_msg_id: u64,
 }
@@ -182,6 +184,10 @@ impl From<Refusal> for Answer {
 }
 
 impl Conversation {
+    pub(super) fn new(begins_in_envelopes: bool) -> Self {
+        Self { begins_in_envelopes, node_id: None, next_msg_id: 0 }
+    }
+
     /// Writes the answers to some lines, a line each. Those of the database are given, in their order.
     pub(super) fn write_all(
         &mut self,
@@ -225,10 +231,14 @@ impl Conversation {
             body: Body<'a>,
         }
         let mut body = Body { r#type: answer.kind(), in_reply_to: line.msg_id, answer, msg_id: None };
-        if let Some(node_id) = &self.node_id {
+        let src = match (&self.node_id, line) {
+            (Some(node_id), _) => Some(line.dest.as_ref().unwrap_or(node_id)),
+            (None, Line { src: Some(_), dest, .. }) if self.begins_in_envelopes => dest.as_ref(),
+            (None, _) => None,
+        };
+        if let Some(src) = src {
             body.msg_id = Some(self.next_msg_id);
             self.next_msg_id += 1;
-            let src = line.dest.as_ref().unwrap_or(node_id);
             let text = serde_json::to_string(&Envelope { src, dest: line.src.as_deref(), body })?;
             space(&text, false, output);
         } else {

@@ -178,3 +178,25 @@ async fn a_poll_waits_for_another_relay_of_its_topic() {
     let answer = polled.await.expect("no panic");
     assert_eq!(answer, r#"{"type": "polled", "messages": [{"id": "m"}], "offset": 1}"#);
 }
+
+#[tokio::test]
+async fn a_request_that_comes_before_init_may_be_answered_by_an_envelope() {
+    const LINES: [&str; 4] = [
+        r#"{"src":"c1","dest":"n1","body":{"type":"echo","msg_id":7,"echo":1}}"#,
+        r#"{"type":"echo","msg_id":8,"echo":1}"#,
+        r#"{"src":"c1","body":{"type":"what"}}"#,
+        r#"{"src":"c0","dest":"n1","body":{"type":"init","msg_id":1,"node_id":"n1","node_ids":["n1"]}}"#,
+    ];
+    let database = TestDatabase::new().await;
+    let url = database.url.clone();
+    let answered = blocking(move || answers(&["--envelopes", "--database-url", &url], LINES.join("\n"))).await;
+    assert_eq!(
+        answered,
+        [
+            r#"{"src":"n1","dest":"c1","body":{"type":"echo_ok","in_reply_to":7,"echo":1,"msg_id":0}}"#,
+            r#"{"type": "echo_ok", "in_reply_to": 8, "echo": 1}"#,
+            r#"{"type": "error", "code": 10, "text": "type \"what\" is not supported"}"#,
+            r#"{"src":"n1","dest":"c0","body":{"type":"init_ok","in_reply_to":1,"msg_id":1}}"#,
+        ]
+    );
+}
