@@ -33,21 +33,37 @@ return encode(
   'hex')::uuid::text;
 comment on function pgonce.new_message_id is 'A fresh UUIDv7 as text.';
 
+create or replace function pgonce.text_size(document jsonb)
+returns integer
+-- Stable, though nothing that it reads changes: the planner would work out an immutable one, whether it is needed or not.
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return octet_length(document::text);
+exception when program_limit_exceeded then
+  return 2147483647;
+end $$;
+comment on function pgonce.text_size is 'Internal: size in bytes as text; 2147483647 where that is more than PostgreSQL can hold, 1 GB.';
+
 create or replace function pgonce.binary_size(document jsonb)
 returns integer
-language sql stable parallel safe
+language sql stable
 return case
   when pg_column_compression(document) is null then pg_column_size(document)
-  else octet_length(document::text)
+  else pgonce.text_size(document)
 end;
 comment on function pgonce.binary_size is 'Internal: size in bytes before compression. A value that comes compressed from another table is measured as text.';
 
+-- Everybody reads a payload as text, and PostgreSQL writes numbers digit by digit: 16 bytes, as 1e131071, become up to
+-- 147459. So what has more than 32 KiB is measured as text too, and what has less cannot get near to 512 MiB.
 create or replace function pgonce.message_fault(
   payload_bytes_max integer, payload jsonb, key text, message_id text, headers jsonb, deliver_at timestamptz)
 returns text
-language sql stable parallel safe
+language sql stable
 return case
   when payload is null then 'payload is null'
+  when pgonce.binary_size(payload) > 32768 and pgonce.text_size(payload) > 536870912 then 'payload is too long as text'
   when pgonce.binary_size(payload) > payload_bytes_max then 'payload is too large'
   when octet_length(key) not between 1 and 255 then 'key is out of bounds'
   when octet_length(message_id) not between 1 and 255 then 'message id is out of bounds'
@@ -69,6 +85,10 @@ begin
     when 'payload is null' then
       raise exception using errcode = 'PO003', message = 'payload is null' || which,
         hint = 'A message without content has the payload ''{}'' or ''null''::jsonb.';
+    when 'payload is too long as text' then
+      raise exception using errcode = 'PO004',
+        message = format('payload of more than 536870912 bytes (512 MiB) as text%s', which),
+        hint = 'Nobody could read it: numbers are written digit by digit, 1e100000 with 100001 of them. Send such ones as strings.';
     when 'payload is too large' then
       raise exception using errcode = 'PO004',
         message = format('payload of %s bytes%s, topic %L takes %s', pgonce.binary_size(payload), which, topic, payload_bytes_max),

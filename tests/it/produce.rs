@@ -193,6 +193,36 @@ async fn what_is_beyond_its_bound_is_refused_with_a_hint() {
 }
 
 #[tokio::test]
+async fn what_nobody_could_read_as_text_is_refused_however_small_it_is() {
+    let (_database, client, _) = topic().await;
+    let numbers = |count: usize| format!("('[' || repeat('1e131071,', {}) || '1e131071]')::jsonb", count - 1);
+    // 131 kB are more than the 1 GB that PostgreSQL can hold, 80 kB are not; what comes out of a table is compressed.
+    client
+        .batch_execute(&format!("create temp table given as select {} as payload", numbers(8_200)))
+        .await
+        .expect("made");
+    for call in [
+        format!("enqueue('orders', {})", numbers(8_200)),
+        format!("enqueue_many('orders', array['1', {}])", numbers(5_000)),
+        "enqueue('orders', (select payload from given))".to_owned(),
+    ] {
+        let error = client.query(&format!("select * from pgonce.{call}"), &[]).await.expect_err("refused");
+        let error = Error::from(error);
+        assert_eq!(error.kind(), ErrorKind::TooLarge, "{call}: {error}");
+        assert!(error.to_string().contains("536870912") && error.hint().is_some(), "{call}: {error}");
+    }
+    // Below and above the size from which on it is looked at.
+    for count in [2_000, 2_100] {
+        client
+            .query(&format!("select * from pgonce.enqueue('orders', {})", numbers(count)), &[])
+            .await
+            .expect("accepted");
+    }
+    let as_text = "select sum(octet_length(payload::text)) from pgonce.outbox";
+    assert_eq!(number(&client, as_text).await, 4_100 * (131_072 + 2));
+}
+
+#[tokio::test]
 async fn arguments_that_make_no_sense_are_refused() {
     let (_database, client, _) = topic().await;
     for (code, call) in [
