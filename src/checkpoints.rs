@@ -70,7 +70,7 @@ async fn take_if_due(database: &Database, consumer: &str, schedule: Schedule) ->
     let every_ms = i64::try_from(schedule.every.as_millis()).unwrap_or(i64::MAX);
     let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 3] =
         [(&consumer, Type::TEXT), (&every_ms, Type::INT8), (&schedule.keep, Type::INT4)];
-    let rows = session.query_typed(&statement, &parameters).await?;
+    let rows = session.run(&statement, &parameters).await?;
     session.give_back();
     Ok(rows.first().map(|row| row.try_get("checkpoint")).transpose()?)
 }

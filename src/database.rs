@@ -6,6 +6,9 @@
 //!
 //! Statements go out as `query_typed`: one round trip, no named prepared statement, so a PgBouncer in transaction mode
 //! may stand in between.
+//!
+//! Invariant: what pgonce does by itself is READ COMMITTED, whatever the database's default is. Each transaction says so
+//! ([`Session::begin`], [`Session::run`]): a setting of the session would reach others by way of a PgBouncer.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -13,7 +16,8 @@ use std::time::Duration;
 
 use deadpool_postgres::{Hook, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
 use tokio::sync::Mutex;
-use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, IsolationLevel, Row, Transaction};
 
 use crate::connect::{self, Listener, Target};
 use crate::error::{Error, ErrorKind};
@@ -177,6 +181,37 @@ impl Session {
     /// Returns the connection to the pool: its work ended well, and no transaction is open on it.
     pub fn give_back(mut self) {
         drop(self.connection.take());
+    }
+
+    /// Begins a transaction.
+    pub(crate) async fn begin(&mut self) -> Result<Transaction<'_>, tokio_postgres::Error> {
+        self.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await
+    }
+
+    /// Runs a statement in a transaction of its own, which has committed when the rows are there. It is one round trip:
+    /// BEGIN, statement and COMMIT go out one behind the other. Where the statement fails, the COMMIT rolls back.
+    pub(crate) async fn run(
+        &self,
+        statement: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        let ((), rows, ()) = tokio::try_join!(
+            biased;
+            self.batch_execute(include_str!("../sql/statements/begin.sql")),
+            self.query_typed(statement, parameters),
+            self.batch_execute(include_str!("../sql/statements/commit.sql")),
+        )?;
+        Ok(rows)
+    }
+
+    /// The same for a statement that answers one row.
+    pub(crate) async fn run_one(
+        &self,
+        statement: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+    ) -> Result<Row, Error> {
+        let mut rows = self.run(statement, parameters).await?;
+        rows.pop().ok_or_else(|| Error::new(ErrorKind::Defect, "a statement that answers one row answered none"))
     }
 }
 

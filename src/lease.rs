@@ -137,7 +137,7 @@ impl Holder<'_> {
 
     async fn query(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>, Error> {
         let session = self.database.session().await?;
-        let rows = session.query_typed(&self.database.schema().sql(statement), parameters).await?;
+        let rows = session.run(&self.database.schema().sql(statement), parameters).await?;
         session.give_back();
         Ok(rows)
     }

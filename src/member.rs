@@ -48,8 +48,7 @@ impl Member {
     pub(crate) async fn beat(&self, database: &Database) -> Result<(), Error> {
         let session = database.session().await?;
         let statement = database.schema().sql(include_str!("../sql/statements/beat.sql"));
-        let rows =
-            session.query_typed(&statement, &[(&self.id, Type::UUID), (&self.consumers, Type::TEXT_ARRAY)]).await?;
+        let rows = session.run(&statement, &[(&self.id, Type::UUID), (&self.consumers, Type::TEXT_ARRAY)]).await?;
         session.give_back();
         let suspected = rows.iter().map(|row| row.try_get("consumer")).collect::<Result<_, _>>()?;
         *self.suspected.lock().unwrap_or_else(PoisonError::into_inner) = suspected;
@@ -76,7 +75,7 @@ impl Member {
     pub(crate) async fn leave(&self, database: &Database) -> Result<(), Error> {
         let session = database.session().await?;
         let statement = database.schema().sql(include_str!("../sql/statements/leave.sql"));
-        session.query_typed(&statement, &[(&self.id, Type::UUID)]).await?;
+        session.run(&statement, &[(&self.id, Type::UUID)]).await?;
         session.give_back();
         Ok(())
     }

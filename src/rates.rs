@@ -75,7 +75,7 @@ impl Rates {
             }
             let limit_ms = i64::try_from(consumer.handler_limit().as_millis()).unwrap_or(i64::MAX).max(1);
             let row = session
-                .query_typed_one(
+                .run_one(
                     &record,
                     &[
                         (&consumer.name(), Type::TEXT),
@@ -96,7 +96,7 @@ impl Rates {
                 );
             }
         }
-        session.query_typed(&database.schema().sql(include_str!("../sql/statements/sample_rates.sql")), &[]).await?;
+        session.run(&database.schema().sql(include_str!("../sql/statements/sample_rates.sql")), &[]).await?;
         session.give_back();
         Ok(())
     }

@@ -64,7 +64,7 @@ impl Relay {
     pub async fn step(&self, database: &Database) -> Result<Relayed, Error> {
         let session = database.session().await?;
         let row = session
-            .query_typed_one(
+            .run_one(
                 &database.schema().sql(sql::RELAY),
                 &[(&self.topic, Type::TEXT), (&self.batch_messages, Type::INT4)],
             )

@@ -139,7 +139,7 @@ impl Watch {
         let notify_for_ms = if self.wants_notifications() { NOTIFY_FOR_MS } else { 0 };
         let consumers: Vec<&str> = self.bells.consumers.iter().map(|(consumer, _)| consumer.as_str()).collect();
         let due = session
-            .query_typed(
+            .run(
                 &database.schema().sql(include_str!("../sql/statements/watch.sql")),
                 &[
                     (&self.bells.topics(), Type::TEXT_ARRAY),

@@ -106,7 +106,7 @@ impl Installed {
         statement: &str,
         parameters: &[(&(dyn ToSql + Sync), Type)],
     ) -> Result<Vec<Row>, Error> {
-        Ok(self.session.query_typed(&self.schema().sql(statement), parameters).await?)
+        Ok(self.session.run(&self.schema().sql(statement), parameters).await?)
     }
 }
 

@@ -3,17 +3,15 @@
 use anyhow::bail;
 use clap::{Args, Subcommand, value_parser};
 use serde::Serialize;
-use tokio_postgres::Row;
 use tokio_postgres::types::Type;
+use tokio_postgres::{GenericClient, Row};
 
 use super::Outcome;
 use super::config::{ATTEMPTS, FailurePolicy, StartAt, WAIT_MS};
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{
-    ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer, set_state,
-};
+use crate::{ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, create_consumer, set_state};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -131,7 +129,7 @@ impl Consumer {
                     backoff_min_ms: failures.backoff_min_ms,
                     backoff_max_ms: failures.backoff_max_ms,
                 };
-                if create(&installed.session, schema, &consumer, topic.as_deref(), settings).await? {
+                if create(&*installed.session, schema, &consumer, topic.as_deref(), settings).await? {
                     say!("created consumer {consumer}")?;
                 } else {
                     say!("consumer {consumer} is there")?;
@@ -172,15 +170,15 @@ impl Consumer {
 
 /// Creates a consumer, or sees to it that it is as said, and answers whether it was not there. Where it is as said it only
 /// reads, so that the role of a worker suffices.
-pub(super) async fn create(
-    session: &Session,
+pub(super) async fn create<C: GenericClient>(
+    client: &C,
     schema: &Schema,
     consumer: &str,
     topic: Option<&str>,
     settings: ConsumerSettings,
 ) -> Result<bool, Error> {
     let statement = schema.sql(include_str!("../../sql/statements/consumer_is_there.sql"));
-    let found = session
+    let found = client
         .query_typed_opt(
             &statement,
             &[
@@ -196,7 +194,7 @@ pub(super) async fn create(
         .await?;
     let is_as_said = found.as_ref().map(|row| row.try_get("is_as_said")).transpose()?.flatten().unwrap_or(false);
     if !is_as_said {
-        create_consumer(&**session, schema, consumer, topic, settings).await?;
+        create_consumer(client, schema, consumer, topic, settings).await?;
     }
     Ok(found.is_none())
 }

@@ -134,7 +134,7 @@ fn time(text: &str) -> anyhow::Result<SystemTime> {
 
 /// Begins a transaction that does not last where the program is stopped: whoever sends the same ids waits for its end.
 async fn begin(installed: &mut Installed) -> Result<Transaction<'_>, Error> {
-    let transaction = installed.session.transaction().await?;
+    let transaction = installed.session.begin().await?;
     transaction.query_typed(include_str!("../../sql/statements/limit_silence.sql"), &[]).await?;
     Ok(transaction)
 }

@@ -224,7 +224,7 @@ async fn serve(database: Database, config: &Config, shutdown: &Shutdown) -> anyh
 /// Checks the schema and the connections, and creates what the configuration declares, or changes it where it says something
 /// else. Where all of that is there it only reads, so that the role of a worker suffices.
 async fn prepare(database: &Database, config: &Config, connections: usize) -> anyhow::Result<()> {
-    let session = database.session().await?;
+    let mut session = database.session().await?;
     let schema = database.schema();
     check_version(&*session, schema).await?;
     let row = session.query_typed_one(include_str!("../../sql/statements/connections_free.sql"), &[]).await?;
@@ -242,12 +242,19 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
     }
     for topic in &config.topics {
         let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
-        if topic::create(&session, schema, &topic.name, settings).await? {
+        let transaction = session.begin().await?;
+        let is_new = topic::create(&transaction, schema, &topic.name, settings).await?;
+        transaction.commit().await?;
+        if is_new {
             tracing::info!("created topic {}", topic.name);
         }
     }
     for consumer in &config.consumers {
-        if consumer::create(&session, schema, &consumer.name, Some(&consumer.topic), consumer.settings()).await? {
+        let transaction = session.begin().await?;
+        let settings = consumer.settings();
+        let is_new = consumer::create(&transaction, schema, &consumer.name, Some(&consumer.topic), settings).await?;
+        transaction.commit().await?;
+        if is_new {
             tracing::info!("created consumer {}", consumer.name);
         }
         if let Some(state) = &consumer.state {

@@ -9,7 +9,7 @@
 use std::sync::atomic::Ordering;
 
 use tokio_postgres::types::Type;
-use tokio_postgres::{IsolationLevel, Row, Transaction};
+use tokio_postgres::{Row, Transaction};
 
 use super::batch::{Content, OpenBatch, Scope, Slice, Tried};
 use super::effect::Effect;
@@ -68,7 +68,7 @@ impl Consumer {
         is_careful: bool,
     ) -> Result<Consumed, Trouble> {
         let (mut recording, mut handling) = database.session_pair().await?;
-        let (records, effects) = tokio::try_join!(recording.transaction(), handling.transaction())?;
+        let (records, effects) = tokio::try_join!(recording.begin(), handling.begin())?;
         let outcome = {
             let batch = self.open_batch(database, scope, &records, &effects);
             self.receive_and_apply(effect, &batch, is_careful).await
@@ -100,9 +100,8 @@ impl Consumer {
         scope: Scope,
     ) -> Result<Consumed, Error> {
         let (mut recording, mut handling) = database.session_pair().await?;
-        // Above READ COMMITTED it would not see what was handed over to it.
-        let effects = handling.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
-        let records = recording.transaction().await?;
+        let effects = handling.begin().await?;
+        let records = recording.begin().await?;
         let content = self.receive_and_hand_over(effect, &self.open_batch(database, scope, &records, &effects)).await?;
         records.commit().await?;
         recording.give_back();
@@ -198,7 +197,7 @@ impl Consumer {
         let session = database.session().await?;
         let statement = database.schema().sql(include_str!("../../sql/statements/set_delivery.sql"));
         let mode = self.delivery.name();
-        let row = session.query_typed_one(&statement, &[(&self.name, Type::TEXT), (&mode, Type::TEXT)]).await?;
+        let row = session.run_one(&statement, &[(&self.name, Type::TEXT), (&mode, Type::TEXT)]).await?;
         session.give_back();
         self.is_declared.store(row.try_get("is_written")?, Ordering::Relaxed);
         Ok(())

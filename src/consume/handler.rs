@@ -36,7 +36,8 @@ pub trait Handler: Send + Sync + 'static {
     /// What the payload is read as.
     type Payload: DeserializeOwned + Send;
 
-    /// Applies the effect of a message, with statements on `transaction`. It must neither commit nor roll back.
+    /// Applies the effect of a message, with statements on `transaction`, which is READ COMMITTED whatever the database's
+    /// default is. It must neither commit nor roll back.
     ///
     /// An error, a panic, or to take longer than [`message_timeout`](crate::Consumer::message_timeout) undoes what it did:
     /// the message is tried again later, and becomes a dead letter after its last attempt; the others of the batch do not

@@ -300,7 +300,7 @@ impl Consumer {
         let Place::Transaction(effect) = &self.effect else { return Ok(None) };
         let session = database.session().await?;
         let statement = database.schema().sql(include_str!("../../sql/statements/take_suspicion.sql"));
-        let range = session.query_typed(&statement, &[(&self.name, Type::TEXT), (&member, Type::UUID)]).await?;
+        let range = session.run(&statement, &[(&self.name, Type::TEXT), (&member, Type::UUID)]).await?;
         session.give_back();
         let Some(range) = range.first() else {
             return Ok(None);
@@ -327,7 +327,7 @@ impl Consumer {
     async fn clear_suspicion(&self, database: &Database, partition: i32) -> Result<(), Error> {
         let session = database.session().await?;
         let statement = database.schema().sql(include_str!("../../sql/statements/clear_suspicion.sql"));
-        session.query_typed(&statement, &[(&self.name, Type::TEXT), (&partition, Type::INT4)]).await?;
+        session.run(&statement, &[(&self.name, Type::TEXT), (&partition, Type::INT4)]).await?;
         session.give_back();
         Ok(())
     }
@@ -365,7 +365,7 @@ impl Consumer {
             return self.step_at_least_once(effect, database, scope, is_careful).await;
         }
         let mut session = database.session().await?;
-        let transaction = session.transaction().await?;
+        let transaction = session.begin().await?;
         let batch = self.open_batch(database, scope, &transaction, &transaction);
         let outcome = self.receive_and_apply(effect, &batch, is_careful).await;
         match outcome {

@@ -46,6 +46,15 @@ pub(crate) async fn sqlstate(client: &Client, statements: &str) -> String {
     error.code().map_or_else(|| error.to_string(), |code| code.code().to_owned())
 }
 
+/// Sets the isolation of transactions that do not choose theirs, for whoever connects from now on.
+pub(crate) async fn set_default_isolation(client: &Client, level: &str) {
+    let set = format!(
+        "do $$ begin execute format(
+           'alter database %I set default_transaction_isolation = %L', current_database(), '{level}'); end $$"
+    );
+    client.batch_execute(&set).await.expect("set");
+}
+
 /// Creates a topic with so many partitions, and a consumer of it.
 pub(crate) async fn create(client: &Client, topic: &str, partitions: i32, consumer: &str) {
     let schema = Schema::default();

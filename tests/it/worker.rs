@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pgonce::embedded::{Options, PrivateServer};
 use pgonce::{
-    Consumer, Database, ErrorKind, Handler, HandlerError, Message, Producer, Received, Relay, Schema, Shutdown, Worker,
-    migrate,
+    Consumer, ConsumerKind, ConsumerSettings, Database, Epoch, ErrorKind, ExternalHandler, Handler, HandlerError,
+    Message, Producer, Received, Relay, Schema, Shutdown, Worker, create_consumer, migrate,
 };
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -15,7 +16,8 @@ use tokio::task::JoinSet;
 use tokio_postgres::{Client, NoTls, Transaction};
 
 use crate::fixture::TestDatabase;
-use crate::probe::{WAIT_MAX, create, eventually, number, numbered, texts, word, word_counts};
+use crate::probe::{WAIT_MAX, create, eventually, number, numbered, set_default_isolation, texts, word, word_counts};
+use crate::programs::outcome;
 
 pub(crate) const TOPIC: &str = "t";
 pub(crate) const CONSUMER: &str = "c";
@@ -92,6 +94,57 @@ async fn many_workers_apply_each_message_once_and_in_the_order_of_its_key() {
     assert_eq!(reports.iter().map(|report| report.applied).sum::<u64>(), total);
     assert_eq!(number(&client, APPLIED).await.unsigned_abs(), total);
     assert_eq!(texts(&client, OUT_OF_ORDER).await, [""; 0]);
+}
+
+/// Counts its calls.
+struct Outside(Arc<AtomicUsize>);
+
+impl ExternalHandler for Outside {
+    type Payload = serde_json::Value;
+
+    async fn handle(&self, _: Received<Self::Payload>, _: Epoch) -> Result<(), HandlerError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_isolation_level_that_a_database_sets_does_not_matter() {
+    for level in ["repeatable read", "serializable"] {
+        let (database, client) = prepared(4).await;
+        let external = ConsumerSettings { kind: Some(ConsumerKind::External), ..ConsumerSettings::default() };
+        create_consumer(&client, &Schema::default(), "outside", Some(TOPIC), external).await.expect("created");
+        set_default_isolation(&client, level).await;
+        let mut sent: Vec<Message> = (0..300).map(|nth| keyed(&format!("k{}", nth % 10), nth / 10)).collect();
+        sent.push(Message::json(&json!({ "nth": "no number" })).expect("JSON").key("other").id("fails"));
+        Producer::new(TOPIC).send_all(&client, &sent).await.expect("sent");
+        client.batch_execute("update pgonce.consumers set attempts_max = 1").await.expect("set");
+        let (calls, shutdown) = (Arc::new(AtomicUsize::default()), Shutdown::new());
+        let consumer = Consumer::sql(CONSUMER, INSERT).batch_messages(20).checkpoint_every(Duration::from_secs(1), 1);
+        let worker = Worker::new(database.database(8))
+            .relay(Relay::topic(TOPIC).batch_messages(50))
+            .consumer_with(consumer, 2)
+            .consumer(Consumer::external("outside", Outside(Arc::clone(&calls))));
+        let stop = shutdown.clone();
+        let running = tokio::spawn(async move { worker.run(&stop).await });
+        eventually("all is done", async || {
+            assert!(!running.is_finished(), "{level}: it ended by itself");
+            let done =
+                "select concat_ws(' ', (select count(*) from applied), (select count(*) from pgonce.dead_letters),
+                exists (select from pgonce.checkpoints), exists (select from pgonce.samples))";
+            (texts(&client, done).await == ["300 1 t t"] && calls.load(Ordering::Relaxed) >= 301).then_some(())
+        })
+        .await;
+        shutdown.stop();
+        assert_eq!(running.await.expect("no panic").expect("it stops well").applied, 300 + 301, "{level}");
+        assert_eq!(texts(&client, OUT_OF_ORDER).await, [""; 0], "{level}");
+        for command in [["topic", "purge", TOPIC], ["consumer", "delete", CONSUMER], ["consumer", "delete", "outside"]]
+        {
+            let arguments = [&command[..], &["--yes", "--database-url", &database.url]].concat();
+            let output = outcome(&arguments);
+            assert!(output.status.success(), "{level}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
 }
 
 /// Says that it has begun, and goes on when it is let.

@@ -51,7 +51,7 @@ async fn produce_share(database: &Database, documents: &[Document]) -> Result<Pr
         let messages = messages(document)?;
         let words = i32::try_from(messages.len()).expect("a document is short");
         for will_commit in [nth % ROLL_BACK_EVERY != 0, true] {
-            let transaction = session.transaction().await?;
+            let transaction = session.begin().await?;
             transaction.execute(&insert, &[&document.id, &words]).await?;
             let sent = producer.send_all(&transaction, &messages).await?;
             if will_commit {
@@ -64,7 +64,9 @@ async fn produce_share(database: &Database, documents: &[Document]) -> Result<Pr
         }
         if nth % SEND_TWICE_EVERY == 0 {
             total.duplicates_sent += messages.len() as u64;
-            total.duplicates_refused += refused(&producer.send_all(&*session, &messages).await?);
+            let transaction = session.begin().await?;
+            total.duplicates_refused += refused(&producer.send_all(&transaction, &messages).await?);
+            transaction.commit().await?;
         }
     }
     session.give_back();

@@ -163,7 +163,7 @@ async fn produce(database: &Database, side: Side) -> anyhow::Result<()> {
 pub(super) async fn send(database: &Database, side: Side) -> Result<bool, crate::Error> {
     let order = Order { order: ORDER.to_owned(), item: side.name().to_owned() };
     let mut session = database.session().await?;
-    let transaction = session.transaction().await?;
+    let transaction = session.begin().await?;
     let was_duplicate = if side.delivery().is_some() {
         // The id says what happened, and is the same whoever sends it again.
         let placed = Message::json(&order)?.key(ORDER).id(format!("order-{ORDER}-placed"));
@@ -194,11 +194,11 @@ async fn consume_plainly(database: &Database) -> anyhow::Result<()> {
     };
     tell(Line::Processing)?;
     let order: Order = serde_json::from_str(message.try_get("payload")?)?;
-    let transaction = session.transaction().await?;
+    let transaction = session.begin().await?;
     let stock = warehouse.decrement(&transaction, &order).await?;
     transaction.commit().await?;
     tell(Line::Decremented { stock })?;
-    let transaction = session.transaction().await?;
+    let transaction = session.begin().await?;
     transaction.query_typed(&acknowledge, &[(&message.try_get::<_, i64>("id")?, Type::INT8)]).await?;
     transaction.commit().await?;
     session.give_back();

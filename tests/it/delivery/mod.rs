@@ -20,7 +20,7 @@ use tokio_postgres::{Client, Transaction};
 
 use crate::cancellation::polled;
 use crate::fixture::TestDatabase;
-use crate::probe::{WAIT_MAX, create, eventually, idle_in_transaction, number, sqlstate, texts};
+use crate::probe::{WAIT_MAX, create, eventually, idle_in_transaction, number, set_default_isolation, sqlstate, texts};
 
 const TOPIC: &str = "t";
 const CONSUMER: &str = "c";
@@ -327,9 +327,7 @@ async fn steps_that_are_dropped_at_any_moment_keep_to_their_mode() {
 async fn the_isolation_level_that_is_set_for_a_database_does_not_matter() {
     for delivery in [Delivery::AtLeastOnce, Delivery::AtMostOnce] {
         let world = World::new(1, "a0 b1!fails a2 b3 a4 a5 a6").await;
-        let above = "do $$ begin execute format(
-            $f$alter database %I set default_transaction_isolation = 'repeatable read'$f$, current_database()); end $$";
-        world.client.batch_execute(above).await.expect("set");
+        set_default_isolation(&world.client, "repeatable read").await;
         let consumer = world.consumer(delivery, false);
         assert_eq!(drain(&world.database.database(2), &consumer).await.applied, 6);
         assert_eq!(world.joined(DEAD).await, "b1", "{delivery:?}");
