@@ -1,9 +1,10 @@
 //! The scenarios: what is seen, what comes out, and that nothing of them is left.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
@@ -166,8 +167,8 @@ struct Halted {
     database: TestDatabase,
     client: Client,
     play: Running,
-    /// What it leaves where it is killed goes with it.
-    _directory: tempfile::TempDir,
+    /// Where it has its temporary directory.
+    directory: TempDir,
 }
 
 /// Statements by which a function is called at every update of the inventory of a play.
@@ -209,7 +210,21 @@ impl Halted {
         })
         .await;
         until_blocked(&client, pid).await;
-        Self { database, client, play, _directory: directory }
+        Self { database, client, play, directory }
+    }
+
+    /// Plays something else beside it, or after it, to the end.
+    fn play_another(&self) {
+        let arguments = ["scenario", "producer-retry", "--naive", "--database-url", &self.database.url];
+        let output = pgonce(&arguments).env("TMPDIR", self.directory.path()).output().expect("it can be started");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{said}");
+    }
+
+    /// What there is in the temporary directory.
+    fn directories(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&self.directory).expect("readable");
+        entries.map(|entry| entry.expect("readable").path()).collect()
     }
 }
 
@@ -263,6 +278,64 @@ async fn the_processes_of_a_scenario_that_is_killed_end() {
     let schema = schemas(&halted.client).await.pop().expect("that of the play");
     halted.play.kill();
     until_gone(&schema).await;
+}
+
+#[tokio::test]
+async fn what_a_killed_scenario_left_goes_with_the_next_one() {
+    let mut halted = Halted::start().await;
+    let schema = schemas(&halted.client).await.pop().expect("that of the play");
+    let holder = pid_with_claim(&halted.client, &schema).await.expect("a play has a claim");
+    halted.play.kill();
+    assert_eq!((schemas(&halted.client).await.len(), halted.directories().len()), (1, 1));
+    // The server ends its session at once, but not within the kill.
+    let alive = format!("select count(*) from pg_stat_activity where pid = {holder}");
+    eventually("its claim is gone", async || (number(&halted.client, &alive).await == 0).then_some(())).await;
+    halted.play_another();
+    assert_nothing_is_left(&halted.client).await;
+    assert_eq!(halted.directories(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_scenario_removes_nothing_that_is_in_use_or_no_scenarios() {
+    let mut halted = Halted::start().await;
+    let own = schemas(&halted.client).await.pop().expect("that of the play");
+    let directory = halted.directories();
+    let another = "0".repeat(32);
+    let kept = [
+        // Not what a play makes.
+        (format!("pgonce_scenario_{another}"), "inventory", None),
+        // Not a name of a play.
+        ("pgonce_scenario_mine".to_owned(), "plain_queue", None),
+        (format!("my_pgonce_scenario_{another}"), "plain_queue", None),
+        // Not this role's.
+        (format!("pgonce_scenario_{}", "1".repeat(32)), "plain_queue", Some("pg_monitor")),
+    ];
+    for (schema, table, owner) in &kept {
+        let made = format!("create schema {schema}; create table {schema}.{table} ()");
+        halted.client.batch_execute(&made).await.expect("a superuser may");
+        if let Some(owner) = owner {
+            halted.client.batch_execute(&format!("alter schema {schema} owner to {owner}")).await.expect("given away");
+        }
+    }
+    let stale = halted.directory.path().join("pgonce-scenario-mine");
+    std::fs::create_dir(&stale).expect("created");
+    let before = texts(&halted.client, "select nspname::text from pg_namespace order by 1").await;
+    assert!(before.contains(&own) && kept.iter().all(|(schema, ..)| before.contains(schema)), "{before:?}");
+    halted.play_another();
+    assert_eq!(texts(&halted.client, "select nspname::text from pg_namespace order by 1").await, before);
+    assert!(stale.is_dir() && directory.iter().all(|directory| directory.join(".s.PGSQL.5432").exists()));
+    // It goes on as if nobody had been there.
+    halted.client.batch_execute("select pg_advisory_unlock(17)").await.expect("unlocked");
+    assert!(halted.play.end().success());
+}
+
+/// The session by which a play says that its schema is in use.
+async fn pid_with_claim(client: &Client, schema: &str) -> Option<i32> {
+    let holder =
+        "select l.pid from pg_locks l join pg_database d on d.oid = l.database and d.datname = current_database()
+         where l.locktype = 'advisory' and l.granted
+           and (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended($1, 0)";
+    client.query_opt(holder, &[&schema]).await.expect("an answer").map(|row| row.get(0))
 }
 
 #[tokio::test]

@@ -6,12 +6,18 @@
 //! It listens on a Unix socket, in a directory that only its owner (and root) may enter: a private server asks nobody for a
 //! password, and by a TCP port everybody on this machine could come to it. For the same reason as the server's own socket it
 //! has no TLS.
+//!
+//! Invariant: the socket has its name only while somebody listens on it, or is gone. So a program that was killed is told by
+//! its socket, which refuses connections, and the next play removes what it left.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
+use rustix::process::geteuid;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, copy_buf, split};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
@@ -28,6 +34,8 @@ use crate::connect::Target;
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 /// The number in the socket's name.
 const PORT: u16 = 5432;
+/// What the names of the directories begin with.
+const PREFIX: &str = "pgonce-scenario-";
 
 /// A network, until it is dropped; its connections end then.
 pub(super) struct Link {
@@ -81,7 +89,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 impl Link {
     /// A network to the server of a URL. `name` is what connections by it are called in `pg_stat_activity`.
-    pub(super) fn start(url: &str, name: &str) -> anyhow::Result<Self> {
+    pub(super) async fn start(url: &str, name: &str) -> anyhow::Result<Self> {
         let target = Target::read(url)?;
         let config = target.first();
         if config.get_ssl_mode() == SslMode::Require {
@@ -89,9 +97,10 @@ impl Link {
                 give a URL with sslmode=disable or prefer, or none for a private server";
             return Err(Usage(message.to_owned()).into());
         }
-        let directory = tempfile::Builder::new().prefix("pgonce-scenario-").tempdir()?;
-        let socket = directory.path().join(format!(".s.PGSQL.{PORT}"));
-        let listener = UnixListener::bind(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+        sweep(&std::env::temp_dir()).await;
+        let directory = tempfile::Builder::new().prefix(PREFIX).tempdir()?;
+        let socket = socket_in(directory.path());
+        let listener = listen(&socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
         let planned = Arc::default();
         let accepting = tokio::spawn(accept(listener, Upstream::of(config), Arc::clone(&planned)));
         let url = url_by(&directory, config, name);
@@ -109,6 +118,34 @@ impl Link {
         *self.planned.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(Planned { fault, commit, strike: strike.clone() });
         strike
+    }
+}
+
+fn socket_in(directory: &Path) -> PathBuf {
+    directory.join(format!(".s.PGSQL.{PORT}"))
+}
+
+/// Listens on a socket that gets its name when it can be connected to.
+fn listen(socket: &Path) -> std::io::Result<UnixListener> {
+    let unnamed = socket.with_file_name("new");
+    let listener = UnixListener::bind(&unnamed)?;
+    std::fs::rename(&unnamed, socket)?;
+    Ok(listener)
+}
+
+/// Removes the directories of this user's whose programs were killed. What cannot be removed is left: it is in nobody's way.
+async fn sweep(parent: &Path) {
+    let Ok(entries) = std::fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let is_own = entry.metadata().is_ok_and(|of| of.is_dir() && of.uid() == geteuid().as_raw());
+        if is_own && entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
+            let socket = socket_in(&entry.path());
+            let refused =
+                UnixStream::connect(&socket).await.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+            if refused && std::fs::remove_file(&socket).is_ok() {
+                let _ = std::fs::remove_dir(entry.path());
+            }
+        }
     }
 }
 

@@ -1,8 +1,12 @@
 //! Where a play happens: a private server or a database of the user's, a schema of its own in it, and a network to it that
 //! can be cut. The play itself looks at the database without that network.
+//!
+//! Invariant: a schema of a play has a claim on it, an advisory lock, from before it is made until it is gone. A program that
+//! is killed loses its claims with its connections, so a schema that can be claimed is nobody's, and the next play removes it.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use tokio_postgres::types::Type;
+use tokio_postgres::{GenericClient, IsolationLevel, Transaction};
 use uuid::Uuid;
 
 use super::actor::{Part, Side};
@@ -10,10 +14,12 @@ use super::link::Link;
 use super::player::Player;
 use super::{LOOK_EVERY, actor, within};
 use crate::embedded::{Options, PrivateServer};
-use crate::{ConsumerSettings, Database, Error, Relay, Schema, TopicSettings, create_consumer, create_topic, migrate};
+use crate::{
+    ConsumerSettings, Database, Error, Relay, Schema, Session, TopicSettings, create_consumer, create_topic, migrate,
+};
 
-/// Connections of the play itself.
-const CONNECTIONS: usize = 2;
+/// Connections of the play itself; one holds its claim.
+const CONNECTIONS: usize = 3;
 /// What is in the inventory at the beginning.
 pub(super) const STOCK: i32 = 10;
 
@@ -21,6 +27,8 @@ pub(super) const STOCK: i32 = 10;
 pub(super) struct Stage {
     server: Option<PrivateServer>,
     database: Database,
+    /// Its transaction holds the claim on the schema. (One of a session would not survive PgBouncer.)
+    claim: Session,
     pub(super) link: Link,
 }
 
@@ -48,11 +56,14 @@ impl Stage {
             let url = server.url("pgonce");
             (Some(server), url)
         };
-        let link = Link::start(&url, schema.name())?;
+        let link = Link::start(&url, schema.name()).await?;
         let database = Database::connect(&url, schema, CONNECTIONS)?;
         // Where nobody is let in, nothing needs to be removed.
-        database.session().await?.give_back();
-        Ok(Self { server, database, link })
+        let claim = hold_claim(&database).await?;
+        if let Err(error) = within("what earlier plays left is gone", sweep(&database)).await {
+            tracing::warn!("left to the next play: {error:#}");
+        }
+        Ok(Self { server, database, claim, link })
     }
 
     /// Makes what the plays of these sides need.
@@ -176,20 +187,72 @@ impl Stage {
         }
         let schema = self.database.schema();
         let dropping = async {
-            let session = self.database.session().await?;
-            let end_sessions = include_str!("../../../sql/scenario/end_sessions.sql");
-            session.query_typed(end_sessions, &[(&schema.name(), Type::TEXT)]).await?;
-            let exists = include_str!("../../../sql/statements/schema_exists.sql");
-            let row = session.query_typed_one(exists, &[(&schema.name(), Type::TEXT)]).await?;
-            if row.try_get("schema_exists")? {
-                session.batch_execute(&schema.sql(include_str!("../../../sql/demo/drop_schema.sql"))).await?;
-            }
+            let mut session = self.database.session().await?;
+            let transaction = session.transaction().await?;
+            drop_schema(&transaction, schema).await?;
+            transaction.commit().await?;
             session.give_back();
             Ok(())
         };
         let removed = within("the schema of the play is gone", dropping).await;
+        drop(self.claim);
         removed.with_context(|| {
             format!("cannot remove the schema of the play; do it by hand: drop schema {schema} cascade")
         })
     }
+}
+
+/// Claims the schema of a play that is to be made, for as long as the session lives.
+async fn hold_claim(database: &Database) -> anyhow::Result<Session> {
+    let session = database.session().await?;
+    session.batch_execute(include_str!("../../../sql/scenario/begin.sql")).await?;
+    session.query_typed(include_str!("../../../sql/scenario/keep_open.sql"), &[]).await?;
+    if !claim(&*session, database.schema()).await? {
+        bail!("somebody else plays in {}", database.schema());
+    }
+    Ok(session)
+}
+
+/// Whether the schema of a play was nobody's. It is claimed then until the transaction ends.
+async fn claim<C: GenericClient>(client: &C, schema: &Schema) -> Result<bool, Error> {
+    let statement = include_str!("../../../sql/scenario/claim.sql");
+    Ok(client.query_typed_one(statement, &[(&schema.name(), Type::TEXT)]).await?.try_get("is_claimed")?)
+}
+
+/// Removes the schemas of plays whose programs were killed. What cannot be removed now is left to the next play.
+async fn sweep(database: &Database) -> anyhow::Result<()> {
+    let session = database.session().await?;
+    let rows = session.query_typed(include_str!("../../../sql/scenario/abandoned.sql"), &[]).await?;
+    session.give_back();
+    for row in rows {
+        let schema = Schema::new(row.try_get::<_, String>("schema")?)?;
+        if let Err(error) = remove_unclaimed(database, &schema).await {
+            tracing::warn!(schema.name = schema.name(), "left to the next play: {error}");
+        }
+    }
+    Ok(())
+}
+
+async fn remove_unclaimed(database: &Database, schema: &Schema) -> Result<(), Error> {
+    let mut session = database.session().await?;
+    // Above READ COMMITTED it would still see a schema that its play removed before the claim.
+    let transaction = session.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    transaction.query_typed(include_str!("../../../sql/scenario/limit_wait.sql"), &[]).await?;
+    if claim(&transaction, schema).await? {
+        drop_schema(&transaction, schema).await?;
+    }
+    transaction.commit().await?;
+    session.give_back();
+    Ok(())
+}
+
+/// Drops the schema of a play, where it is there. What its processes left is ended first.
+async fn drop_schema(transaction: &Transaction<'_>, schema: &Schema) -> Result<(), Error> {
+    let end_sessions = include_str!("../../../sql/scenario/end_sessions.sql");
+    transaction.query_typed(end_sessions, &[(&schema.name(), Type::TEXT)]).await?;
+    let exists = include_str!("../../../sql/statements/schema_exists.sql");
+    if transaction.query_typed_one(exists, &[(&schema.name(), Type::TEXT)]).await?.try_get("schema_exists")? {
+        transaction.batch_execute(&schema.sql(include_str!("../../../sql/demo/drop_schema.sql"))).await?;
+    }
+    Ok(())
 }
