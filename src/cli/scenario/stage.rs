@@ -60,6 +60,10 @@ impl Stage {
         let database = Database::connect(&url, schema, CONNECTIONS)?;
         // Where nobody is let in, nothing needs to be removed.
         let claim = hold_claim(&database).await?;
+        let by_link = Database::connect(link.url(), database.schema().clone(), 1)?;
+        let refusal = "the processes of a play cannot connect: they do so without TLS, since its network reads what they say. Let \
+            this role in without TLS, or play without --database-url, on a private server";
+        by_link.session().await.context(refusal)?.give_back();
         if let Err(error) = within("what earlier plays left is gone", sweep(&database)).await {
             tracing::warn!("left to the next play: {error:#}");
         }

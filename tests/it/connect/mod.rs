@@ -12,7 +12,7 @@ use pgonce::{Database, Error, ErrorKind, Schema};
 
 use self::server::{NAME, PASSWORD, TlsServer, reach};
 use crate::probe::{eventually, number};
-use crate::programs::{Running, pgonce};
+use crate::programs::{Running, outcome, pgonce};
 
 const ENCRYPTED: &str = "select count(*) from pg_stat_ssl where pid = pg_backend_pid() and ssl";
 
@@ -86,6 +86,24 @@ async fn a_server_that_wants_tls_refuses_others_and_says_why() {
     let server = TlsServer::get().await;
     let error = refused(&server.url("secured", "localhost", "sslmode=disable")).await;
     assert_says(&error, &["no encryption", "sslmode=require"]);
+}
+
+#[tokio::test]
+async fn a_scenario_refuses_a_server_that_wants_tls_before_it_makes_anything() {
+    let server = TlsServer::get().await;
+    for (mode, code, words) in [
+        ("verify-full&sslrootcert=system", 2, ["cannot do so with TLS", "sslmode=disable"]),
+        ("require", 2, ["cannot do so with TLS", "sslmode=disable"]),
+        ("prefer", 1, ["they do so without TLS", "no encryption"]),
+    ] {
+        let url = server.url("secured", "localhost", &format!("sslmode={mode}"));
+        let output = outcome(&["scenario", "producer-retry", "--database-url", &url]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(code), &b""[..]), "{mode}: {said}");
+        assert!(words.iter().all(|word| said.contains(word)), "{mode}: {said}");
+    }
+    let made = "select count(*) from pg_namespace where nspname like 'pgonce%'";
+    assert_eq!(number(&server.admin().await, made).await, 0);
 }
 
 #[tokio::test]
