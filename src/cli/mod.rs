@@ -102,7 +102,10 @@ impl std::error::Error for Usage {}
 /// Runs the program with the arguments of the process.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match scenario::Scenario::of_actor() {
+        Some(actor) => Cli { log_format: LogFormat::Text, command: Command::Scenario(actor) },
+        None => Cli::parse(),
+    };
     log_to_stderr(cli.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

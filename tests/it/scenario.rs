@@ -1,5 +1,6 @@
 //! The scenarios: what is seen, what comes out, and that nothing of them is left.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -338,12 +339,23 @@ async fn pid_with_claim(client: &Client, schema: &str) -> Option<i32> {
     client.query_opt(holder, &[&schema]).await.expect("an answer").map(|row| row.get(0))
 }
 
+#[test]
+fn a_process_of_a_play_is_nothing_that_a_shell_offers() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = String::from_utf8(outcome(&["completions", shell]).stdout).expect("text");
+        assert!(script.contains("delivery-modes") && !script.contains("actor"), "{shell}");
+    }
+    let output = outcome(&["scenario", "actor", "consumer", "exactly_once"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
 #[tokio::test]
 async fn a_process_of_a_play_ends_when_nobody_holds_its_input() {
     let database = TestDatabase::new().await;
     create(&database.connect().await, "exactly_once", 1, "exactly_once").await;
-    let arguments = ["scenario", "actor", "consumer", "exactly_once", "--database-url", &database.url];
-    let mut consumer = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::null()));
+    let mut command = pgonce(&["consumer", "exactly_once", "--database-url", &database.url]);
+    let mut consumer =
+        Running::start(command.arg0("pgonce-scenario-actor").stdout(Stdio::null()).stderr(Stdio::null()));
     // Its input is empty from the start.
     assert!(consumer.end().success());
 }

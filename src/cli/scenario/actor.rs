@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use clap::{Args, ValueEnum};
+use clap::{Parser, ValueEnum};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Transaction;
 use tokio_postgres::types::Type;
@@ -18,6 +18,8 @@ use crate::cli::connection::Connection;
 use crate::cli::text::say;
 use crate::{Consumer, Database, Delivery, ErrorKind, Handler, HandlerError, Message, Producer, Received};
 
+/// The name by which this program is a process of a play. It is no subcommand, since nobody else is to call it.
+pub(super) const PROGRAM: &str = "pgonce-scenario-actor";
 /// How often a producer sends before it gives up.
 const SENDS_MAX: usize = 5;
 /// Longest life of a process of a play.
@@ -48,7 +50,8 @@ pub(super) enum Part {
 }
 
 /// A process of a play.
-#[derive(Debug, Args)]
+#[derive(Debug, Parser)]
+#[command(name = PROGRAM)]
 pub(super) struct Actor {
     #[arg(value_enum)]
     part: Part,

@@ -16,7 +16,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use clap::{Args, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -56,7 +56,7 @@ enum Name {
     NetworkPartition(Play),
     /// At most once, at least once and exactly once side by side: consumers killed before their last COMMIT.
     DeliveryModes(Place),
-    #[command(hide = true)]
+    #[command(skip)]
     Actor(Actor),
 }
 
@@ -125,6 +125,12 @@ struct Steps {
 }
 
 impl Scenario {
+    /// The part of this process in a play, where it was started for one.
+    pub(super) fn of_actor() -> Option<Self> {
+        let is_actor = std::env::args_os().next().is_some_and(|name| name == actor::PROGRAM);
+        is_actor.then(|| Self { scenario: Name::Actor(Actor::parse()) })
+    }
+
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         let (plot, sides, place) = match self.scenario {
             Name::ProducerRetry(play) => (Plot::ProducerRetry, play.sides(), play.place),

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
-use super::actor::{Line, Part, Side};
+use super::actor::{Line, PROGRAM, Part, Side};
 use super::within;
 use crate::Schema;
 
@@ -25,7 +25,8 @@ impl Player {
     pub(super) fn start(part: Part, side: Side, url: &str, schema: &Schema) -> anyhow::Result<Self> {
         let side = side.to_possible_value().expect("none is hidden");
         let mut process = Command::new(std::env::current_exe().context("cannot find the own program")?)
-            .args(["scenario", "actor", part.name(), side.get_name(), "--schema", schema.name()])
+            .arg0(PROGRAM)
+            .args([part.name(), side.get_name(), "--schema", schema.name()])
             .env("DATABASE_URL", url)
             .env_remove("PGONCE_DATABASE_URL_FILE")
             .env("RUST_LOG", "error")
