@@ -1,4 +1,4 @@
-//! Tables for people, JSON for programs, questions, and time spans.
+//! Tables and colours for people, JSON for programs, questions, and time spans.
 
 use std::fmt::Arguments;
 use std::io::{IsTerminal, Write};
@@ -32,6 +32,27 @@ pub(super) fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) 
         table.add_row(row);
     }
     table
+}
+
+/// What stands out on a terminal.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Colour {
+    Red,
+    Green,
+    Yellow,
+}
+
+/// A text in a colour, where standard output is a terminal and nobody has set `NO_COLOR`.
+pub(super) fn in_colour(colour: Colour, text: &str) -> String {
+    if !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) {
+        return text.to_owned();
+    }
+    let code = match colour {
+        Colour::Red => 31,
+        Colour::Green => 32,
+        Colour::Yellow => 33,
+    };
+    format!("\x1b[{code}m{text}\x1b[0m")
 }
 
 /// What a topic or consumer is doing, in a word.

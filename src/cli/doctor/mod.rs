@@ -8,7 +8,6 @@ mod design;
 mod examine;
 mod routines;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -16,15 +15,11 @@ use serde::Serialize;
 
 use self::checks::{Finding, Severity};
 use super::connection::Connection;
-use super::text::{count, print_json, say};
+use super::text::{Colour, count, in_colour, print_json, say};
 use super::{Outcome, is_broken_pipe};
 
 /// What is said where nothing is in the way.
 const CAN: &str = "System can achieve exactly-once semantics";
-const RED: &str = "\x1b[31m";
-const YELLOW: &str = "\x1b[33m";
-const GREEN: &str = "\x1b[32m";
-const PLAIN: &str = "\x1b[0m";
 
 /// Find what keeps an installation from its promises, each with its consequence and what helps.
 ///
@@ -93,13 +88,8 @@ impl Report {
     }
 
     fn print(&self) -> std::io::Result<()> {
-        let is_coloured =
-            std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        let in_colour = |colour: &str, text: &str| {
-            if is_coloured { format!("{colour}{text}{PLAIN}") } else { text.to_owned() }
-        };
         let mut numbers = Vec::new();
-        for (severity, colour) in [(Severity::Fault, RED), (Severity::Warning, YELLOW)] {
+        for (severity, colour) in [(Severity::Fault, Colour::Red), (Severity::Warning, Colour::Yellow)] {
             let of_it: Vec<&Finding> = self.findings.iter().filter(|finding| finding.severity == severity).collect();
             let (word, number) = (severity.word(), i128::try_from(of_it.len()).unwrap_or(i128::MAX));
             for finding in of_it {
@@ -112,9 +102,9 @@ impl Report {
             }
         }
         if self.can_achieve_exactly_once {
-            say!("{}", in_colour(GREEN, CAN))
+            say!("{}", in_colour(Colour::Green, CAN))
         } else {
-            say!("{}", in_colour(RED, &numbers.join(", ")))
+            say!("{}", in_colour(Colour::Red, &numbers.join(", ")))
         }
     }
 }

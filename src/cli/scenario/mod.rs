@@ -21,7 +21,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::Outcome;
-use super::text::{say, table};
+use super::text::{Colour, in_colour, say, table};
 use crate::Shutdown;
 
 use actor::{Actor, Side};
@@ -234,6 +234,10 @@ impl Finding {
         }
     }
 
+    fn colour(self) -> Colour {
+        if self == Self::ExactlyOnce { Colour::Green } else { Colour::Red }
+    }
+
     /// Its name, as JSON has it.
     fn name(self) -> &'static str {
         match self {
@@ -266,14 +270,14 @@ impl Steps {
 
 fn print(result: &Findings) -> std::io::Result<()> {
     match *result {
-        Findings::One(found) => say!("\nResult: {}", found.name()),
+        Findings::One(found) => say!("\n{}", in_colour(found.colour(), &format!("Result: {}", found.name()))),
         Findings::Modes { at_most_once, at_least_once, exactly_once } => {
             let rows = [
                 (Side::AtMostOnce, at_most_once),
                 (Side::AtLeastOnce, at_least_once),
                 (Side::ExactlyOnce, exactly_once),
             ];
-            let rows = rows.map(|(side, found)| vec![side.name().to_owned(), found.name().to_owned()]);
+            let rows = rows.map(|(side, found)| vec![side.name().to_owned(), in_colour(found.colour(), found.name())]);
             say!("\n{}", table(&["MODE", "RESULT"], rows))
         }
     }
