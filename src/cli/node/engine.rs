@@ -100,16 +100,17 @@ impl Engine {
     pub(super) async fn answer(&mut self, requests: &[&Stored]) -> Vec<Answer> {
         let mut answers = Vec::with_capacity(requests.len());
         for unit in requests.chunk_by(|a, b| is_adding(a) && is_adding(b)) {
-            match self.persist(unit).await {
-                Ok(several) => answers.extend(several),
-                // One of them is to blame: the others have a right to their answers.
-                Err(refusal) if unit.len() > 1 && refusal.is_of_request() => {
-                    for request in unit {
-                        let alone = self.persist(&[request]).await;
-                        answers.extend(alone.unwrap_or_else(|refusal| vec![refusal.into()]));
+            let mut parts = vec![unit];
+            while let Some(part) = parts.pop() {
+                match self.persist(part).await {
+                    Ok(several) => answers.extend(several),
+                    // One of them is to blame, and is found by halves: the others have a right to their answers.
+                    Err(refusal) if part.len() > 1 && refusal.is_of_request() => {
+                        let (first, second) = part.split_at(part.len() / 2);
+                        parts.extend([second, first]);
                     }
+                    Err(refusal) => answers.extend(part.iter().map(|_| refusal.clone().into())),
                 }
-                Err(refusal) => answers.extend(unit.iter().map(|_| refusal.clone().into())),
             }
         }
         answers

@@ -1,11 +1,11 @@
 //! A node that loses its connection, or has others beside it: at its tables, its topic, and its locks.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use super::{Running, TRANSCRIPTS, answers, blocking, node, pipelined, process, state, transcript};
 use crate::fixture::TestDatabase;
-use crate::probe::{eventually, pid_of, texts};
+use crate::probe::{eventually, number, pid_of, texts};
 use crate::proxy::{Cut, Proxy, Towards};
 
 /// The connection is lost at each message that the node, or the server, sends after the start; the answers of whose
@@ -199,4 +199,37 @@ async fn a_request_that_comes_before_init_may_be_answered_by_an_envelope() {
             r#"{"src":"n1","dest":"c0","body":{"type":"init_ok","in_reply_to":1,"msg_id":1}}"#,
         ]
     );
+}
+
+#[tokio::test]
+async fn a_line_that_the_database_refuses_costs_its_neighbours_few_transactions() {
+    const LINES: usize = 500;
+    const REFUSED: [usize; 3] = [0, LINES / 2, LINES - 1];
+    let mut lines: Vec<String> = (0..LINES)
+        .map(|nth| {
+            // No numeric of PostgreSQL's is as large.
+            let number = if REFUSED.contains(&nth) { "1e200000" } else { "1" };
+            format!(r#"{{"type": "send", "msg_id": {nth}, "message": {{"id": "m{nth}", "number": {number}}}}}"#)
+        })
+        .collect();
+    lines.push(r#"{"type": "poll", "max": 1000}"#.to_owned());
+    let database = TestDatabase::new().await;
+    let url = database.url.clone();
+    let mut answered = blocking(move || answers(&["--database-url", &url], lines.join("\n"))).await;
+    let polled: Value = serde_json::from_str(&answered.pop().expect("answers")).expect("JSON");
+    for (nth, answer) in answered.iter().enumerate() {
+        let expected = if REFUSED.contains(&nth) {
+            format!(
+                r#"{{"type": "error", "in_reply_to": {nth}, "code": 12, "text": "value overflows numeric format"}}"#
+            )
+        } else {
+            format!(r#"{{"type": "sent", "in_reply_to": {nth}, "message_id": "m{nth}"}}"#)
+        };
+        assert_eq!(answer, &expected);
+    }
+    let sent =
+        (0..LINES).filter(|nth| !REFUSED.contains(nth)).map(|nth| json!({ "id": format!("m{nth}"), "number": 1 }));
+    assert_eq!(polled["messages"], Value::Array(sent.collect()));
+    let transactions = number(&database.connect().await, "select turn from pgonce_node.turns").await;
+    assert!(transactions < 100, "{transactions}");
 }
