@@ -48,6 +48,8 @@ pub(super) struct Engine {
     /// Names this process among those whose turns are kept.
     process: Uuid,
     turn: i64,
+    /// Whether the last requests were given up since the database could not be reached.
+    is_away: bool,
 }
 
 /// How a transaction ended that has no answers.
@@ -76,7 +78,7 @@ impl Engine {
     /// Connects, and makes what is missing; the schema of pgonce as well, where there is none. `fresh` empties the tables.
     pub(super) async fn open(database: Database, fresh: bool) -> anyhow::Result<Self> {
         let statements = Statements::of(database.schema())?;
-        let mut engine = Self { database, session: None, statements, process: Uuid::now_v7(), turn: 0 };
+        let mut engine = Self { database, session: None, statements, process: Uuid::now_v7(), turn: 0, is_away: false };
         let mut session = engine.database.session().await?;
         let schema = engine.database.schema();
         if installed(&*session, schema).await?.is_none() {
@@ -121,7 +123,10 @@ impl Engine {
         let mut attempt = 1;
         loop {
             let error = match self.transact(unit).await {
-                Ok(answers) => return Ok(answers),
+                Ok(answers) => {
+                    self.is_away = false;
+                    return Ok(answers);
+                }
                 Err(Failure::Failed(error)) => error,
                 Err(Failure::Emptied) => match self.set_up(false).await {
                     Ok(()) => Error::new(ErrorKind::Contention, "the tables were emptied"),
@@ -129,11 +134,15 @@ impl Engine {
                 },
                 Err(Failure::Unknown(error)) => {
                     tracing::error!("a COMMIT was not answered, and cannot be looked up: {error}");
+                    self.is_away = error.kind() == ErrorKind::Unavailable;
                     return Err(Refusal::new(Code::Timeout, format!("it may have been committed: {error}")));
                 }
             };
-            let is_transient = matches!(error.kind(), ErrorKind::Contention | ErrorKind::Unavailable);
-            if !is_transient || attempt == ATTEMPTS_MAX {
+            let is_unavailable = error.kind() == ErrorKind::Unavailable;
+            let is_transient = is_unavailable || error.kind() == ErrorKind::Contention;
+            // Whoever waited for it in vain has waited for those behind as well: they try it once each.
+            if !is_transient || attempt == ATTEMPTS_MAX || is_unavailable && self.is_away {
+                self.is_away = is_unavailable;
                 return Err(Refusal::of(&error));
             }
             tracing::warn!(error.kind = ?error.kind(), "trying again: {error}");

@@ -1,5 +1,9 @@
 //! A node that loses its connection, or has others beside it: at its tables, its topic, and its locks.
 
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
@@ -43,6 +47,64 @@ async fn a_node_may_lose_its_connection_at_any_message() {
         }
         assert!(survived > 30, "{survived} towards {towards:?}");
     }
+}
+
+#[tokio::test]
+async fn an_outage_is_waited_for_once_and_not_by_each_line() {
+    // As many as a transaction has, less the first.
+    const AGAIN: usize = 19;
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    // So many connections to come are refused.
+    let refused = Arc::new(AtomicUsize::new(0));
+    let left = Arc::clone(&refused);
+    let one_less = |left: usize| left.checked_sub(1);
+    let proxy = Proxy::start(&database.url, move |_| {
+        let is_refused = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok();
+        is_refused.then_some(Cut { towards: Towards::Server, after: 0 })
+    })
+    .await;
+    let url = proxy.url.clone();
+    let mut command = node(&["--database-url", &url]);
+    let mut node = Running::of(command.stderr(Stdio::piped()));
+    let log = node.child.stderr.take().expect("it is piped");
+    let logged = tokio::task::spawn_blocking(move || std::io::read_to_string(log).expect("text"));
+    let mut node = blocking(move || {
+        node.ask(&process(1, 1));
+        node
+    })
+    .await;
+    let lose = "select pg_terminate_backend(a.pid, 60000) from pg_stat_activity a
+        where a.datname = current_database() and a.pid <> pg_backend_pid()";
+    refused.store(usize::MAX, Ordering::SeqCst);
+    client.batch_execute(lose).await.expect("a superuser may");
+    // A transaction each.
+    let commit = r#"{"type": "commit"}"#;
+    let lines = [&process(2, 1), commit, &process(3, 1), commit, ""].join("\n");
+    let mut node = blocking(move || {
+        node.send(&lines);
+        for _ in 0..4 {
+            let answer = node.answer();
+            assert!(answer.contains(r#""code": 11"#), "{answer}");
+        }
+        node
+    })
+    .await;
+    // It is there again, and what is lost then is waited for again.
+    for refusals in [0, 2] {
+        refused.store(refusals, Ordering::SeqCst);
+        client.batch_execute(lose).await.expect("a superuser may");
+        node = blocking(move || {
+            let answer = node.ask(commit);
+            assert!(answer.starts_with(r#"{"type": "committed""#), "{answer}");
+            node
+        })
+        .await;
+    }
+    blocking(move || node.finish()).await;
+    let logged = logged.await.expect("no panic");
+    // The last line met its lost session first, and then the refusals.
+    assert_eq!(logged.matches("trying again").count(), AGAIN + 3, "{logged}");
 }
 
 #[tokio::test]
