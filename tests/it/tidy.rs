@@ -227,6 +227,22 @@ fn every_sql_file_is_used() {
     }
 }
 
+/// `Schema::sql` puts another name only where it stands like this.
+#[test]
+fn the_schema_is_named_in_one_of_two_ways() {
+    for file in files("sql", "sql") {
+        for line in text(&file).lines() {
+            let code = line.split("--").next().unwrap_or_default();
+            for (at, name) in code.match_indices("pgonce") {
+                let (before, after) = (&code[..at], &code[at + name.len()..]);
+                let is_quoted = before.matches('\'').count() % 2 == 1;
+                let is_replaced = after.starts_with('.') || before.ends_with("schema ");
+                assert!(is_quoted || is_replaced || after.starts_with('_'), "{}: {line}", file.display());
+            }
+        }
+    }
+}
+
 #[test]
 fn nothing_is_unwrapped() {
     for source in Source::all() {

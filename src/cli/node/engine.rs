@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::value::RawValue;
+use tokio_postgres::Transaction;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{IsolationLevel, Transaction};
 use uuid::Uuid;
 
 use super::protocol::{Answer, Code, Output, Refusal, Stored, Then};
@@ -189,8 +189,7 @@ impl Engine {
 
     /// A transaction that does not last where the program is stopped: others wait for its end.
     async fn begin<'a>(&self, session: &'a mut Session) -> Result<Transaction<'a>, Error> {
-        // Above READ COMMITTED it would not see what others did before it got the lock.
-        let transaction = session.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+        let transaction = session.begin().await?;
         transaction.query_typed(include_str!("../../../sql/statements/limit_silence.sql"), &[]).await?;
         Ok(transaction)
     }

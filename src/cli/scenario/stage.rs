@@ -6,7 +6,7 @@
 
 use anyhow::{Context, bail};
 use tokio_postgres::types::Type;
-use tokio_postgres::{GenericClient, IsolationLevel, Transaction};
+use tokio_postgres::{GenericClient, Transaction};
 use uuid::Uuid;
 
 use super::actor::{Part, Side};
@@ -192,7 +192,7 @@ impl Stage {
         let schema = self.database.schema();
         let dropping = async {
             let mut session = self.database.session().await?;
-            let transaction = session.transaction().await?;
+            let transaction = session.begin().await?;
             drop_schema(&transaction, schema).await?;
             transaction.commit().await?;
             session.give_back();
@@ -209,7 +209,7 @@ impl Stage {
 /// Claims the schema of a play that is to be made, for as long as the session lives.
 async fn hold_claim(database: &Database) -> anyhow::Result<Session> {
     let session = database.session().await?;
-    session.batch_execute(include_str!("../../../sql/scenario/begin.sql")).await?;
+    session.batch_execute(include_str!("../../../sql/statements/begin.sql")).await?;
     session.query_typed(include_str!("../../../sql/scenario/keep_open.sql"), &[]).await?;
     if !claim(&*session, database.schema()).await? {
         bail!("somebody else plays in {}", database.schema());
@@ -239,8 +239,7 @@ async fn sweep(database: &Database) -> anyhow::Result<()> {
 
 async fn remove_unclaimed(database: &Database, schema: &Schema) -> Result<(), Error> {
     let mut session = database.session().await?;
-    // Above READ COMMITTED it would still see a schema that its play removed before the claim.
-    let transaction = session.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+    let transaction = session.begin().await?;
     transaction.query_typed(include_str!("../../../sql/scenario/limit_wait.sql"), &[]).await?;
     if claim(&transaction, schema).await? {
         drop_schema(&transaction, schema).await?;

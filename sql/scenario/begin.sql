@@ -1,1 +1,0 @@
-begin isolation level read committed
