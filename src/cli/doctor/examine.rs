@@ -283,7 +283,7 @@ impl Examination<'_> {
             let mut plans = Vec::new();
             for statement in &statements {
                 match ask(transaction, &self.schema.sql(statement)).await? {
-                    Ok(rows) => plans.push(rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<String>, _>>()?),
+                    Ok(rows) => plans.push(plan(&rows)?),
                     Err(refused) => return Ok(Err(refused)),
                 }
             }
@@ -379,6 +379,13 @@ fn inlined_plans(name: &str, arguments: &[(&str, &str)], expression: &Expression
     };
     let statement = include_str!("../../../sql/doctor/inlined_plan.sql");
     sources.map(|source| statement.replace("$1", name).replace("$2", &columns).replace("$3", &source))
+}
+
+/// The lines of a plan, less the number of its statement, which servers add that count statements (`pg_stat_statements`).
+fn plan(rows: &[Row]) -> Result<Vec<String>, tokio_postgres::Error> {
+    let mut lines = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<String>, _>>()?;
+    lines.retain(|line| !line.starts_with("Query Identifier: "));
+    Ok(lines)
 }
 
 /// Why the server did not answer.

@@ -57,6 +57,32 @@ async fn what_is_set_wrongly_at_the_server_is_found() {
 }
 
 #[tokio::test]
+async fn how_a_server_plans_and_writes_texts_does_not_matter() {
+    let clinic = Clinic::open().await;
+    for setting in [
+        // As pg_stat_statements has it.
+        "compute_query_id = on",
+        "quote_all_identifiers = on",
+        "standard_conforming_strings = off",
+        "enable_seqscan = off",
+        "enable_hashjoin = off",
+        "join_collapse_limit = 1",
+        "jit_above_cost = 0",
+        "debug_parallel_query = on",
+    ] {
+        let (name, _) = setting.split_once(' ').expect("a name and a value");
+        let is_known = format!("select count(*) from pg_settings where name = '{name}'");
+        if number(&clinic.client, &is_known).await == 1 {
+            clinic
+                .case(&format!("alter database pgonce set {setting}"), &[], Some("alter database pgonce reset all"))
+                .await;
+            clinic.run("alter database pgonce set search_path = public").await;
+        }
+    }
+    clinic.close().await;
+}
+
+#[tokio::test]
 async fn a_replica_is_a_fault_of_its_primary_and_no_place_to_work_at() {
     let clinic = Clinic::open().await;
     let gone = "insert into pgonce.members (member_id, pid, consumers) values (gen_random_uuid(), 0, '{counter}')";
