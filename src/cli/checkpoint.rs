@@ -10,9 +10,10 @@ use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 
 use super::connection::{Connection, Installed, Reading};
+use super::consumer::name_state;
 use super::text::{confirm, count, print_json, say, table};
 use super::{Outcome, Usage};
-use crate::{Error, set_state};
+use crate::Error;
 
 /// How often the time that something takes is shown.
 const TICK: Duration = Duration::from_millis(100);
@@ -165,9 +166,10 @@ impl Checkpoint {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         match self.action {
             Action::Save { named, state, reading: Reading { json, connection } } => {
-                let installed = connection.installed().await?;
+                let mut installed = connection.installed().await?;
                 if let Some(state) = state {
-                    set_state(&*installed.session, installed.schema(), &named.consumer, &state).await?;
+                    let schema = installed.schema().clone();
+                    name_state(&mut installed.session, &schema, &named.consumer, &state).await?;
                 }
                 let save = include_str!("../../sql/statements/checkpoint.sql");
                 let rows = while_it_takes("saving", named.rows(&installed, save)).await?;

@@ -3,15 +3,17 @@
 use anyhow::bail;
 use clap::{Args, Subcommand, value_parser};
 use serde::Serialize;
+use tokio_postgres::Row;
 use tokio_postgres::types::Type;
-use tokio_postgres::{GenericClient, Row};
 
 use super::Outcome;
 use super::config::{ATTEMPTS, FailurePolicy, StartAt, WAIT_MS};
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::status::{ConsumerLag, consumer_lags, print_consumers};
 use super::text::{confirm, print_json, say, table};
-use crate::{ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, create_consumer, set_state};
+use crate::{
+    ConsumerKind, ConsumerSettings, Error, FailurePolicy as Policy, Schema, Session, create_consumer, set_state,
+};
 
 /// Create, look at, pause and delete consumers.
 #[derive(Debug, Args)]
@@ -119,8 +121,8 @@ impl Consumer {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         match self.action {
             Action::Create { consumer, topic, start_at, kind, failures, state, connection } => {
-                let installed = connection.installed().await?;
-                let schema = installed.schema();
+                let mut installed = connection.installed().await?;
+                let schema = installed.schema().clone();
                 let settings = ConsumerSettings {
                     kind: kind.map(Into::into),
                     start_at: start_at.into(),
@@ -129,13 +131,13 @@ impl Consumer {
                     backoff_min_ms: failures.backoff_min_ms,
                     backoff_max_ms: failures.backoff_max_ms,
                 };
-                if create(&*installed.session, schema, &consumer, topic.as_deref(), settings).await? {
+                if create(&mut installed.session, &schema, &consumer, topic.as_deref(), settings).await? {
                     say!("created consumer {consumer}")?;
                 } else {
                     say!("consumer {consumer} is there")?;
                 }
                 if let Some(state) = state
-                    && set_state(&*installed.session, schema, &consumer, &state).await?
+                    && name_state(&mut installed.session, &schema, &consumer, &state).await?
                 {
                     say!("its state is in {}", state.join(", "))?;
                 }
@@ -170,15 +172,16 @@ impl Consumer {
 
 /// Creates a consumer, or sees to it that it is as said, and answers whether it was not there. Where it is as said it only
 /// reads, so that the role of a worker suffices.
-pub(super) async fn create<C: GenericClient>(
-    client: &C,
+pub(super) async fn create(
+    session: &mut Session,
     schema: &Schema,
     consumer: &str,
     topic: Option<&str>,
     settings: ConsumerSettings,
 ) -> Result<bool, Error> {
     let statement = schema.sql(include_str!("../../sql/statements/consumer_is_there.sql"));
-    let found = client
+    let transaction = session.begin().await?;
+    let found = transaction
         .query_typed_opt(
             &statement,
             &[
@@ -194,9 +197,23 @@ pub(super) async fn create<C: GenericClient>(
         .await?;
     let is_as_said = found.as_ref().map(|row| row.try_get("is_as_said")).transpose()?.flatten().unwrap_or(false);
     if !is_as_said {
-        create_consumer(client, schema, consumer, topic, settings).await?;
+        create_consumer(&transaction, schema, consumer, topic, settings).await?;
     }
+    transaction.commit().await?;
     Ok(found.is_none())
+}
+
+/// Says which tables hold its effects, in a transaction of its own, and answers whether they were others.
+pub(super) async fn name_state(
+    session: &mut Session,
+    schema: &Schema,
+    consumer: &str,
+    tables: &[String],
+) -> Result<bool, Error> {
+    let transaction = session.begin().await?;
+    let were_others = set_state(&transaction, schema, consumer, tables).await?;
+    transaction.commit().await?;
+    Ok(were_others)
 }
 
 async fn show(installed: &Installed, consumer: &str) -> anyhow::Result<Shown> {

@@ -11,7 +11,7 @@ use super::connection::Connection;
 use super::text::say;
 use super::{Outcome, Usage, consumer, topic};
 use crate::embedded::{Options, PrivateServer};
-use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, migrate, set_state};
+use crate::{Database, Schema, Shutdown, TopicSettings, Worker, check_version, migrate};
 
 /// How long batches may take to finish after the first signal, where nothing else is said.
 const GRACEFUL_STOP_SECONDS: u64 = 30;
@@ -242,24 +242,18 @@ async fn prepare(database: &Database, config: &Config, connections: usize) -> an
     }
     for topic in &config.topics {
         let settings = TopicSettings { partitions: topic.partitions, payload_bytes_max: topic.payload_bytes_max };
-        let transaction = session.begin().await?;
-        let is_new = topic::create(&transaction, schema, &topic.name, settings).await?;
-        transaction.commit().await?;
-        if is_new {
+        if topic::create(&mut session, schema, &topic.name, settings).await? {
             tracing::info!("created topic {}", topic.name);
         }
     }
     for consumer in &config.consumers {
-        let transaction = session.begin().await?;
-        let settings = consumer.settings();
-        let is_new = consumer::create(&transaction, schema, &consumer.name, Some(&consumer.topic), settings).await?;
-        transaction.commit().await?;
-        if is_new {
+        let (topic, settings) = (Some(&*consumer.topic), consumer.settings());
+        if consumer::create(&mut session, schema, &consumer.name, topic, settings).await? {
             tracing::info!("created consumer {}", consumer.name);
         }
         if let Some(state) = &consumer.state {
             let what = || format!("state of consumer {}", consumer.name);
-            if set_state(&*session, schema, &consumer.name, state).await.with_context(what)? {
+            if consumer::name_state(&mut session, schema, &consumer.name, state).await.with_context(what)? {
                 tracing::info!("consumer {} has the state {}", consumer.name, state.join(", "));
             }
         }

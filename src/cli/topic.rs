@@ -3,13 +3,13 @@
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{GenericClient, Row};
 
 use super::Outcome;
 use super::connection::{Connection, Destroyed, Installed, Named, Reading};
 use super::text::{confirm, print_json, say, state, table};
-use crate::{Error, Schema, TopicSettings, create_topic};
+use crate::{Error, Schema, Session, TopicSettings, create_topic};
 
 /// Create, look at, pause, purge and delete topics.
 #[derive(Debug, Args)]
@@ -82,9 +82,10 @@ impl Topic {
     pub(super) async fn run(self) -> anyhow::Result<Outcome> {
         match self.action {
             Action::Create { topic, partitions, payload_bytes_max, connection } => {
-                let installed = connection.installed().await?;
+                let mut installed = connection.installed().await?;
+                let schema = installed.schema().clone();
                 let settings = TopicSettings { partitions, payload_bytes_max };
-                if create(&*installed.session, installed.schema(), &topic, settings).await? {
+                if create(&mut installed.session, &schema, &topic, settings).await? {
                     say!("created topic {topic}")?;
                 } else {
                     say!("topic {topic} is there")?;
@@ -125,8 +126,8 @@ impl Topic {
 
 /// Creates a topic, or sees to it that it is as said, and answers whether it was not there. Where it is as said it only reads,
 /// so that the role of a worker suffices.
-pub(super) async fn create<C: GenericClient>(
-    client: &C,
+pub(super) async fn create(
+    session: &mut Session,
     schema: &Schema,
     topic: &str,
     settings: TopicSettings,
@@ -135,11 +136,13 @@ pub(super) async fn create<C: GenericClient>(
     let TopicSettings { partitions, payload_bytes_max } = settings;
     let parameters: [(&(dyn ToSql + Sync), Type); 3] =
         [(&topic, Type::TEXT), (&partitions, Type::INT4), (&payload_bytes_max, Type::INT4)];
-    let found = client.query_typed_opt(&statement, &parameters).await?;
+    let transaction = session.begin().await?;
+    let found = transaction.query_typed_opt(&statement, &parameters).await?;
     let is_as_said = found.as_ref().map(|row| row.try_get("is_as_said")).transpose()?.unwrap_or(false);
     if !is_as_said {
-        create_topic(client, schema, topic, settings).await?;
+        create_topic(&transaction, schema, topic, settings).await?;
     }
+    transaction.commit().await?;
     Ok(found.is_none())
 }
 

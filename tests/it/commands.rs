@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::fixture::TestDatabase;
-use crate::probe::{create, drain, number, pid_of, texts, until_blocked, word};
+use crate::probe::{create, drain, eventually, number, pid_of, set_default_isolation, texts, until_blocked, word};
 use crate::programs::{Running, outcome, pgonce};
 
 const TOPIC: &str = "words";
@@ -119,6 +119,28 @@ async fn what_is_created_is_said_and_what_is_there_is_told_from_it() {
     Producer::new("orders").send(&client, &pgonce::Message::json(&1).expect("JSON").id("m")).await.expect("sent");
     let shown = said(&database, &["message", "show", "m"]);
     assert!(shown.contains("no consumer reads this topic") && !shown.contains("ahead"), "{shown}");
+}
+
+#[tokio::test]
+async fn what_somebody_else_creates_meanwhile_is_there_whatever_isolation_a_database_sets() {
+    let database = TestDatabase::new().await;
+    let (client, other) = (database.connect().await, database.connect().await);
+    set_default_isolation(&client, "serializable").await;
+    for (made, command, expected) in [
+        ("create_topic('words')", &["topic", "create", TOPIC][..], "created topic words"),
+        ("create_consumer('counter')", &["consumer", "create", CONSUMER], "created consumer counter"),
+    ] {
+        other.batch_execute(&format!("begin; select pgonce.{made}")).await.expect("not committed yet");
+        let arguments = [command, &["--database-url", &database.url]].concat();
+        let program = pgonce(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started");
+        let blocked = "select count(*) from pg_stat_activity
+                       where datname = current_database() and cardinality(pg_blocking_pids(pid)) > 0";
+        eventually("it waits", async || (number(&client, blocked).await == 1).then_some(())).await;
+        other.batch_execute("commit").await.expect("created");
+        let output = program.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), expected);
+    }
 }
 
 #[tokio::test]
