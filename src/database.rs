@@ -189,7 +189,8 @@ impl Session {
     }
 
     /// Runs a statement in a transaction of its own, which has committed when the rows are there. It is one round trip:
-    /// BEGIN, statement and COMMIT go out one behind the other. Where the statement fails, the COMMIT rolls back.
+    /// BEGIN, statement and COMMIT go out one behind the other. Where the statement fails, the COMMIT rolls back; where this
+    /// process is stopped before it, the server ends the session after 30 s.
     pub(crate) async fn run(
         &self,
         statement: &str,

@@ -144,7 +144,7 @@ async fn a_batch_has_its_limits_and_the_session_keeps_its_own() {
 }
 
 #[tokio::test]
-async fn an_installation_and_a_chunk_of_lines_have_their_limits() {
+async fn an_installation_a_chunk_of_lines_and_a_statement_of_a_worker_have_their_limits() {
     let note = "
         create table public.noted (silence text not null);
         create function public.note() returns event_trigger language plpgsql as $$
@@ -175,5 +175,12 @@ async fn an_installation_and_a_chunk_of_lines_have_their_limits() {
     std::fs::write(&lines, r#"{"payload": 1}"#).expect("written");
     let output = outcome(&["enqueue", TOPIC, lines.to_str().expect("text"), "--database-url", &database.url]);
     assert!(output.status.success());
+    assert_eq!(texts(&client, noted).await, ["30s"]);
+
+    let note = "
+        truncate public.noted;
+        create trigger note before insert on pgonce.queue for each row execute function public.note_row()";
+    client.batch_execute(note).await.expect("created");
+    assert_eq!(Relay::topic(TOPIC).step(&database.database(1)).await.expect("relayed").moved, 1);
     assert_eq!(texts(&client, noted).await, ["30s"]);
 }
