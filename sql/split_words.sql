@@ -1,4 +1,4 @@
--- The built-in consumer that sends on: each word of messages whose payload is {"text": …} becomes a message {"word": …} of the
+-- The built-in consumer that sends on: each word of messages whose payload is {"text": ...} becomes a message {"word": ...} of the
 -- topic words, in the order of the text. A payload without text fails. A key has 255 bytes at the most, 60 characters fit.
 select count(*)
 from received

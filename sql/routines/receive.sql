@@ -10,7 +10,7 @@
 -- removes them: so the view `received` can show them, and no payload is copied back. New messages that must not overtake
 -- a parked one are parked behind it, and the offset moves past them.
 --
--- A stale statement. In `with received as (select * from receive(…)) update …` the snapshot of the whole statement is
+-- A stale statement. In `with received as (select * from receive(...)) update ...` the snapshot of the whole statement is
 -- older than the lock that receive takes. What the holder before committed in between is invisible to the update: its
 -- effect would be computed from the state before, and silently lost, while the offset moves on. So receive is a STABLE
 -- wrapper that reads the newest generations of progress in the caller's snapshot and hands them to a VOLATILE part,

@@ -320,6 +320,15 @@ impl OpenBatch<'_> {
             )
             .await?;
         let failed: i32 = row.try_get("failed")?;
+        if failed > 0 {
+            // Not the errors: they may quote the messages. The view blocked_keys and the dead letters have them.
+            tracing::warn!(
+                consumer.name = self.consumer,
+                message.partition = slice.partition.0,
+                messages.failed = failed,
+                "messages failed and are parked or dead"
+            );
+        }
         let withdrawn: Vec<i64> = row.try_get("withdrawn")?;
         Ok(Failed { messages: failed.unsigned_abs().into(), withdrawn: withdrawn.into_iter().collect() })
     }

@@ -122,6 +122,21 @@ async fn a_daemon_ends_well_when_it_is_asked_to() {
 }
 
 #[tokio::test]
+async fn a_daemon_says_that_messages_fail_and_not_what_they_say() {
+    let database = TestDatabase::new().await;
+    let client = database.connect().await;
+    create(&client, "words", 1, "counter").await;
+    let send = "select pgonce.enqueue('words', '{\"word\": {\"secret\": 1}}'); select pgonce.relay()";
+    client.batch_execute("alter table pgonce.word_counts add check (word not like '%secret%')").await.expect("altered");
+    client.batch_execute(send).await.expect("sent");
+    let arguments = ["run", "--database-url", &database.url, "--word-count", "counter=words"];
+    let mut daemon = Running::start(pgonce(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()));
+    let line = daemon.until_logged("messages failed");
+    assert!(line.contains("counter") && !line.contains("secret"), "{line}");
+    daemon.finish();
+}
+
+#[tokio::test]
 async fn a_daemon_whose_log_nobody_reads_ends_well_when_it_is_asked_to() {
     let database = TestDatabase::new().await;
     let arguments = ["run", "--database-url", &database.url, "--word-count", "counter=words"];

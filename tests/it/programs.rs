@@ -45,14 +45,14 @@ impl Running {
         panic!("the program ended without a line that begins {start:?}");
     }
 
-    /// Waits until its standard error, which was piped, says a word. Blocks.
-    pub(crate) fn until_logged(&mut self, word: &str) {
+    /// Waits until its standard error, which was piped, says a word; the line. Blocks.
+    pub(crate) fn until_logged(&mut self, word: &str) -> String {
         let log = self.0.stderr.as_mut().expect("standard error is piped");
         let mut said = String::new();
         for line in BufReader::new(log).lines() {
             let line = line.expect("text");
             if line.contains(word) {
-                return;
+                return line;
             }
             said.push_str(&line);
             said.push('\n');

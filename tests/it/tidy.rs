@@ -227,6 +227,14 @@ fn every_sql_file_is_used() {
     }
 }
 
+/// A database may be in an encoding that has few other signs, and comments are sent along.
+#[test]
+fn sql_is_ascii() {
+    for file in files("sql", "sql") {
+        assert!(text(&file).is_ascii(), "{}", file.display());
+    }
+}
+
 /// `Schema::sql` puts another name only where it stands like this.
 #[test]
 fn the_schema_is_named_in_one_of_two_ways() {
