@@ -124,7 +124,9 @@ constraints as (
     e.relation,
     e.name,
     e.definition,
+    other.conname as other_name,
     case
+      when other.conname is not null then format('is named %I', other.conname)
       when k.oid is null then 'is missing'
       when e.definition ~ '^(PRIMARY|UNIQUE)' and pg_get_constraintdef(k.oid) <> e.definition
         then 'was altered: ' || pg_get_constraintdef(k.oid)
@@ -134,6 +136,8 @@ constraints as (
       when i.indisvalid is false or i.indisready is false then 'has an invalid index'
     end as finding,
     case
+      when other.conname is not null
+        then format('alter table pgonce.%I rename constraint %I to %I', e.relation, other.conname, e.name)
       when k.oid is not null and not k.convalidated and e.definition !~ '^(PRIMARY|UNIQUE)'
         then format('alter table pgonce.%I validate constraint %I', e.relation, e.name)
       when i.indisvalid is false or i.indisready is false then format('reindex index pgonce.%I', e.name)
@@ -144,6 +148,13 @@ constraints as (
   join tables t on t.relname = e.relation
   left join pg_constraint k on k.conrelid = t.oid and k.conname = e.name
   left join pg_index i on i.indexrelid = k.conindid and k.contype in ('p', 'u')
+  left join lateral (
+    select x.conname
+    from pg_constraint x
+    where k.oid is null and x.conrelid = t.oid and pg_get_constraintdef(x.oid) = e.definition
+      and x.conname not in (select o.name from expected_constraints o where o.relation = e.relation)
+    order by x.conname
+    limit 1) other on true
 ),
 indexes as (
   select
@@ -192,6 +203,7 @@ join tables t on t.oid = k.conrelid
 where k.contype in ('c', 'f', 'p', 'u', 'x')
   and t.relname in (select e.relation from expected_constraints e)
   and not exists (select from expected_constraints e where e.relation = t.relname and e.name = k.conname)
+  and not exists (select from constraints c where c.relation = t.relname and c.other_name = k.conname)
 union all
 select 'indexes', format('unique index %I of table %I is none of pgonce', x.relname, t.relname),
        format('drop index pgonce.%I', x.relname)

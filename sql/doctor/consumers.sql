@@ -7,7 +7,8 @@ select
 from pgonce.consumers c
 where c.kind = 'external'
 union all
-select distinct 'weaker-modes', format('consumer %s is %s', c.consumer, m.delivery), null
+select distinct 'weaker-modes', format('consumer %s is %s', c.consumer, m.delivery),
+       format('run it exactly_once, or accept it knowingly; a program of SQL says which it is: select pgonce.set_delivery(%L, ''exactly_once'')', c.consumer)
 from pgonce.consumers c
 cross join lateral (
   select c.delivery where c.kind = 'transactional'

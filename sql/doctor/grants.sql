@@ -83,4 +83,21 @@ select
   format('role %s lacks %s', m.oid::regrole, m.privilege) as subject,
   format('grant %s to %s', m.privilege, m.oid::regrole) as remedy
 from missing m
+union all
+-- A function with the rights of its owner, who has none to what belongs to another role, and what a function writes.
+select
+  'grants',
+  format('%s %s belongs to %s, and the rest to %s', o.kind, o.name, o.owner::regrole, h.relowner::regrole),
+  format('alter %s %s owner to %s', o.kind, o.name, h.relowner::regrole)
+from pg_class h
+cross join lateral (
+  select 'function' as kind, p.oid::regprocedure::text as name, p.proname as bare_name, p.proowner as owner
+  from pg_proc p
+  where p.pronamespace = h.relnamespace
+  union all
+  select case c.relkind when 'v' then 'view' else 'table' end, c.oid::regclass::text, c.relname, c.relowner
+  from pg_class c
+  where c.relnamespace = h.relnamespace and c.relkind in ('r', 'v')) o
+where h.oid = 'pgonce.schema_versions'::regclass and o.owner <> h.relowner
+  and (o.kind = 'table' or o.bare_name = any (array(select unnest(v.routines) from pgonce.schema_versions v)))
 order by 2

@@ -1,5 +1,19 @@
 -- Settings of the server, of roles, of databases and of functions by which a commit that was reported may be lost, or
 -- nothing can be written.
+with configured as (
+  select
+    d.setrole,
+    c.setting,
+    case
+      when d.setrole = 0 and d.setdatabase = 0 then 'role all'
+      when d.setrole = 0 then format('database %I', current_database())
+      when d.setdatabase = 0 then format('role %s', d.setrole::regrole)
+      else format('role %s in database %I', d.setrole::regrole, current_database())
+    end as target
+  from pg_db_role_setting d
+  cross join lateral unnest(d.setconfig) c(setting)
+  where d.setdatabase in (0, (select b.oid from pg_database b where b.datname = current_database()))
+)
 select
   case s.name when 'fsync' then 'fsync' else 'full-page-writes' end as "check",
   format('%s is off', s.name) as subject,
@@ -21,20 +35,11 @@ where s.name = 'synchronous_commit' and s.source not in ('database', 'user', 'da
 union all
 select
   'synchronous-commit',
-  format('%s for %s', c.setting, f.target),
-  format('alter %s reset synchronous_commit', f.target)
-from pg_db_role_setting d
-cross join lateral unnest(d.setconfig) c(setting)
-cross join lateral (
-  select case
-    when d.setrole = 0 and d.setdatabase = 0 then 'role all'
-    when d.setrole = 0 then format('database %I', current_database())
-    when d.setdatabase = 0 then format('role %s', d.setrole::regrole)
-    else format('role %s in database %I', d.setrole::regrole, current_database())
-  end as target) f
-where d.setdatabase in (0, (select b.oid from pg_database b where b.datname = current_database()))
-  and (c.setting ~* '^synchronous_commit=(off|false|no|0)$'
-    or c.setting ~* '^synchronous_commit=local$' and current_setting('synchronous_standby_names') <> '')
+  format('%s for %s', c.setting, c.target),
+  format('alter %s reset synchronous_commit', c.target)
+from configured c
+where c.setting ~* '^synchronous_commit=(off|false|no|0)$'
+  or c.setting ~* '^synchronous_commit=local$' and current_setting('synchronous_standby_names') <> ''
 union all
 select
   'synchronous-commit',
@@ -46,19 +51,29 @@ where p.pronamespace = (select h.relnamespace from pg_class h where h.oid = 'pgo
   and c.setting ~* '^synchronous_commit=(off|false|no|0)$'
 union all
 select
-  'isolation',
-  format('default_transaction_isolation is %s (%s)', s.setting, s.source),
-  'reset default_transaction_isolation where it was set'
+  case s.name when 'default_transaction_isolation' then 'isolation' else 'read-only' end,
+  format('%s is %s in %s', s.name, s.setting, case
+    when s.source in ('client', 'session') then 'this session'
+    else 'the configuration of the server' end),
+  case when s.source in ('client', 'session') then 'take it out of PGOPTIONS or the options of the URL'
+    else format('alter system reset %s; select pg_reload_conf()', s.name) end
 from pg_settings s
-where s.name = 'default_transaction_isolation' and s.setting <> 'read committed'
+where s.source not in ('database', 'user', 'database user', 'global')
+  and (s.name = 'default_transaction_isolation' and s.setting <> 'read committed'
+    or s.name = 'default_transaction_read_only' and s.setting = 'on')
+union all
+-- Of roles, those count that work with pgonce.
+select
+  case when c.setting ~* '^default_transaction_isolation=' then 'isolation' else 'read-only' end,
+  format('%s for %s', c.setting, c.target),
+  format('alter %s reset %s', c.target, split_part(c.setting, '=', 1))
+from configured c
+where (c.setting ~* '^default_transaction_isolation=' and c.setting !~* '=read committed$'
+    or c.setting ~* '^default_transaction_read_only=(on|true|yes|1)$')
+  and (c.setrole = 0 or exists (
+    select from pg_proc p
+    where p.pronamespace = (select h.relnamespace from pg_class h where h.oid = 'pgonce.schema_versions'::regclass)
+      and p.proname in ('enqueue', 'relay', 'receive', 'acquire') and has_function_privilege(c.setrole, p.oid, 'execute')))
 union all
 select 'read-only', 'this server is a standby', 'connect to the primary: target_session_attrs=read-write'
 where pg_is_in_recovery()
-union all
--- This transaction is read-only by itself.
-select
-  'read-only',
-  format('default_transaction_read_only is on (%s)', s.source),
-  'reset default_transaction_read_only where it was set'
-from pg_settings s
-where s.name = 'default_transaction_read_only' and s.setting = 'on'

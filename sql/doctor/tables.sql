@@ -90,6 +90,13 @@ from expected_columns e
 left join found f on f.relname = e.relation and f.attname = e.name
 where f.definition is distinct from e.definition and exists (select from found t where t.relname = e.relation)
 union all
+-- What pgonce writes has no value for it, and what it answers has a column more.
+select 'tables', format('column %I of table %I is none of pgonce', f.attname, f.relname),
+       format('alter table pgonce.%I drop column %I', f.relname, f.attname)
+from found f
+where f.relname in (select e.relation from expected e)
+  and not exists (select from expected_columns e where e.relation = f.relname and e.name = f.attname)
+union all
 select 'tables', format('table %s has row security', c.oid::regclass),
        format('alter table %s disable row level security, no force row level security', c.oid::regclass)
 from pg_class c

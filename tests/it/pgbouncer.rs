@@ -132,7 +132,7 @@ async fn the_doctor_notices_what_it_pools() {
     for (pool_mode, more) in [
         ("session", &[][..]),
         ("transaction", &["pooler-transactions"]),
-        ("statement", &["pooler-statements", "pooler-transactions", "unexamined"]),
+        ("statement", &["pooler-statements", "unexamined"]),
     ] {
         let directory = tempfile::tempdir().expect("a directory");
         let bouncer = start(&program, server.directory(), directory.path(), pool_mode);

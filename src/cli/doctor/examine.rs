@@ -56,6 +56,8 @@ struct Examination<'a> {
     role: String,
     /// Role that owns the schema.
     owner: String,
+    /// Whether nobody should be given what that one may.
+    owner_is_superuser: bool,
     findings: Vec<Finding>,
 }
 
@@ -64,6 +66,7 @@ struct Answer {
     pid: i32,
     role: String,
     owner: String,
+    owner_is_superuser: bool,
     /// How far its clock is ahead of this machine's at the least, in seconds.
     ahead_seconds: f64,
 }
@@ -74,17 +77,17 @@ pub(super) async fn examine(connection: &Connection) -> anyhow::Result<Vec<Findi
     let schema = database.schema();
     let mut session = database.session().await?;
     if let Err(error) = check_version(&*session, schema).await {
-        return if matches!(error.kind(), ErrorKind::SchemaMissing | ErrorKind::SchemaTooOld | ErrorKind::SchemaTooNew) {
-            let finding = Finding::of("schema", &error, error.hint().map(str::to_owned));
-            Ok(vec![finding.context("there is no check for schemas")?])
-        } else {
-            Err(error.into())
-        };
+        return Ok(vec![of_no_use(&mut session, schema, error).await?]);
     }
     let found = installed(&*session, schema).await?.context("the schema is gone")?;
     let first = ask_who(&session, schema).await?;
-    let mut examination =
-        Examination { schema, role: first.role.clone(), owner: first.owner.clone(), findings: Vec::new() };
+    let mut examination = Examination {
+        schema,
+        role: first.role.clone(),
+        owner: first.owner.clone(),
+        owner_is_superuser: first.owner_is_superuser,
+        findings: Vec::new(),
+    };
     let again = examination.examine_connections(&database, &session, &first).await?;
     if let Some(subject) = clock_distance(&[first.ahead_seconds, again.ahead_seconds]) {
         examination.add("clock", subject, None)?;
@@ -97,6 +100,8 @@ pub(super) async fn examine(connection: &Connection) -> anyhow::Result<Vec<Findi
             transaction.rollback().await?;
         }
         Err(error) if pools_statements(&error) => {
+            // Of the one that pools transactions it says that the promises hold.
+            examination.findings.retain(|finding| finding.check != "pooler-transactions");
             examination.add("pooler-statements", "a pooler refuses transactions", None)?;
             let subject = "everything that is in the database: it is looked at in one transaction";
             examination.add(
@@ -110,6 +115,30 @@ pub(super) async fn examine(connection: &Connection) -> anyhow::Result<Vec<Findi
     Ok(examination.told())
 }
 
+/// The finding of a schema that this program cannot work with; an error that is another one stays one.
+async fn of_no_use(session: &mut Client, schema: &Schema, error: Error) -> anyhow::Result<Finding> {
+    let mut remedy = error.hint().map(str::to_owned);
+    match error.kind() {
+        ErrorKind::SchemaTooOld | ErrorKind::SchemaTooNew => {}
+        ErrorKind::SchemaMissing => {
+            let mut transaction = session.build_transaction().read_only(true).start().await?;
+            transaction.query_typed(include_str!("../../../sql/doctor/bounds.sql"), &[]).await?;
+            let others = ask(&mut transaction, &schema.sql(include_str!("../../../sql/doctor/schemas.sql"))).await?;
+            transaction.rollback().await?;
+            // A new installation knows no id of those that were processed in the old one.
+            if let Some(other) = others.ok().as_deref().and_then(<[Row]>::first) {
+                let other: &str = other.try_get("quoted")?;
+                remedy = Some(format!(
+                    "schema {other} is one of pgonce: if it is the one that is meant, name it by --schema, or rename it back: \
+                     alter schema {other} rename to \"{schema}\"; only otherwise: pgonce init"
+                ));
+            }
+        }
+        _ => return Err(error.into()),
+    }
+    Finding::of("schema", &error, remedy).context("there is no check for schemas")
+}
+
 async fn ask_who(client: &Client, schema: &Schema) -> anyhow::Result<Answer> {
     let asked = SystemTime::now();
     let row = client.query_typed_one(&schema.sql(include_str!("../../../sql/doctor/session.sql")), &[]).await?;
@@ -118,6 +147,7 @@ async fn ask_who(client: &Client, schema: &Schema) -> anyhow::Result<Answer> {
         pid: row.try_get("pid")?,
         role: row.try_get("role")?,
         owner: row.try_get("owner")?,
+        owner_is_superuser: row.try_get("owner_is_superuser")?,
         ahead_seconds: ahead(asked, row.try_get("seconds")?, answered),
     })
 }
@@ -228,17 +258,25 @@ impl Examination<'_> {
             Ok(rows) => rows,
             Err(refused) => return self.add_unexamined("routines", &refused),
         };
-        let mut there = BTreeMap::new();
+        let mut there: BTreeMap<_, Vec<&Row>> = BTreeMap::new();
         for row in &rows {
-            there.insert((row.try_get::<_, &str>("kind")?, row.try_get::<_, &str>("name")?), row);
+            let key = (row.try_get::<_, &str>("kind")?, row.try_get::<_, &str>("name")?);
+            there.entry(key).or_default().push(row);
         }
         let mut unseen = Vec::new();
         for routine in ROUTINES.iter().flat_map(|text| defined(text, self.schema)) {
             let (name, kind) =
                 (routine.name, if matches!(routine.what, What::View { .. }) { "view" } else { "function" });
-            let Some(row) = there.get(&(kind, name)) else {
-                self.add("routines", format!("{kind} {name} is missing"), None)?;
-                continue;
+            let row = match there.get(&(kind, name)).map(Vec::as_slice) {
+                Some([row]) => row,
+                Some([_, ..]) => {
+                    self.add("routines", format!("{kind} {name} is there with other arguments too"), None)?;
+                    continue;
+                }
+                Some([]) | None => {
+                    self.add("routines", format!("{kind} {name} is missing"), None)?;
+                    continue;
+                }
             };
             let outcome = match routine.what {
                 What::Function { manner, .. } if manner != Manner::found(row)? => Ok(true),
@@ -303,7 +341,7 @@ impl Examination<'_> {
         };
         for row in rows {
             let (name, quoted): (&str, &str) = (row.try_get("name")?, row.try_get("quoted")?);
-            if row.try_get("is_play")? {
+            if row.try_get("is_left")? {
                 let remedy = format!("unless a demo or a scenario is running: drop schema {quoted} cascade");
                 self.add("orphaned-schemas", format!("schema {quoted} is one of a demo or a scenario"), Some(remedy))?;
                 continue;
@@ -337,7 +375,11 @@ impl Examination<'_> {
     }
 
     fn add_unexamined(&mut self, what: &str, refused: &Refused) -> anyhow::Result<()> {
-        let remedy = if refused.code == SqlState::INSUFFICIENT_PRIVILEGE {
+        let remedy = if refused.code == SqlState::INSUFFICIENT_PRIVILEGE && self.role == self.owner {
+            Some("give the owner of the schema back what belongs to another role".to_owned())
+        } else if refused.code == SqlState::INSUFFICIENT_PRIVILEGE && self.owner_is_superuser {
+            Some(format!("run the doctor as {}", self.owner))
+        } else if refused.code == SqlState::INSUFFICIENT_PRIVILEGE {
             Some(format!("run the doctor as {}, or: grant {} to {}", self.owner, self.owner, self.role))
         } else if refused.code == SqlState::QUERY_CANCELED || refused.code == SqlState::LOCK_NOT_AVAILABLE {
             Some("run the doctor again when the server has less to do".to_owned())

@@ -28,6 +28,7 @@ const BROKEN: &[(&str, &str)] = &[
         "update pg_index set indisvalid = false where indexrelid = 'pgonce.processed_ids_pkey'::regclass",
         "consumer-deduplication",
     ),
+    ("alter table pgonce.outbox rename constraint outbox_pkey to first_key", "producer-deduplication"),
     ("alter table pgonce.outbox drop constraint outbox_status_check", "constraints"),
     ("alter table pgonce.consumers drop constraint consumers_topic_id_fkey", "constraints"),
     (
@@ -60,6 +61,9 @@ const BROKEN: &[(&str, &str)] = &[
         "triggers",
     ),
     ("alter table pgonce.samples enable row level security", "tables"),
+    ("alter table pgonce.word_counts add column note text not null", "tables"),
+    ("create role another; alter function pgonce.enqueue owner to another", "grants"),
+    ("alter table pgonce.samples owner to another", "grants"),
     ("select setval('pgonce.outbox_seq', 1)", "sequences"),
     ("select setval(pg_get_serial_sequence('pgonce.topics', 'topic_id'), 1)", "sequences"),
     ("select setval(pg_get_serial_sequence('pgonce.consumers', 'consumer_id'), 1, false)", "sequences"),
@@ -125,6 +129,14 @@ async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
     ] {
         clinic.case(break_it, &[expected], Some(mend_it)).await;
     }
+    // A play that is going on.
+    clinic
+        .run(
+            "create schema pgonce_scenario_2; create table pgonce_scenario_2.schema_versions (like pgonce.schema_versions);
+             insert into pgonce_scenario_2.schema_versions table pgonce.schema_versions;
+             select pg_advisory_lock(hashtextextended('pgonce_scenario_2', 0))",
+        )
+        .await;
     clinic.expect("all is mended", &[], false);
     clinic.close().await;
 }
@@ -183,6 +195,7 @@ async fn functions_and_views_that_were_altered_are_found_and_installed_anew() {
         receive,
         "alter function pgonce.receive volatile",
         "alter function pgonce.partition_of called on null input",
+        "create function pgonce.enqueue(topic text, payload jsonb) returns void language sql as 'select'",
         "create or replace function pgonce.partition_of(key text, partitions integer) returns integer
          language sql stable strict parallel safe return mod(hashtext(key), partitions)",
         "create or replace function pgonce.is_watched() returns boolean language sql volatile return false",
@@ -213,7 +226,11 @@ async fn functions_and_views_that_were_altered_are_found_and_installed_anew() {
 async fn a_schema_that_the_program_cannot_work_with_is_all_that_is_found() {
     let clinic = Clinic::open().await;
     for (break_it, remedy, mend_it) in [
-        ("alter schema pgonce rename to away", "pgonce init", "alter schema away rename to pgonce"),
+        (
+            "alter schema pgonce rename to away",
+            "alter schema away rename to \"pgonce\"",
+            "alter schema away rename to pgonce",
+        ),
         ("update pgonce.schema_versions set version = 99", "or later", "update pgonce.schema_versions set version = 1"),
         (
             "create table kept as table pgonce.schema_versions; delete from pgonce.schema_versions",

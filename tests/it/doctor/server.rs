@@ -23,17 +23,19 @@ async fn what_is_set_wrongly_at_the_server_is_found() {
     ] {
         clinic.case(break_it, &["synchronous-commit"], None).await;
     }
-    for (break_it, expected, mend_it) in [
+    for (break_it, expected) in [
+        ("alter database pgonce set default_transaction_read_only = on", "read-only"),
+        ("alter role pgonce set default_transaction_read_only = on", "read-only"),
+        ("alter database pgonce set default_transaction_isolation = 'repeatable read'", "isolation"),
         (
-            "alter database pgonce set default_transaction_read_only = on",
-            "read-only",
-            "alter database pgonce reset default_transaction_read_only",
-        ),
-        (
-            "alter database pgonce set default_transaction_isolation = 'repeatable read'",
+            "grant usage on schema pgonce to clerk; grant execute on function pgonce.enqueue to clerk; alter role clerk set default_transaction_isolation = serializable",
             "isolation",
-            "alter database pgonce reset default_transaction_isolation",
         ),
+    ] {
+        clinic.case(break_it, &[expected], None).await;
+    }
+    clinic.run("create role analyst; alter role analyst set default_transaction_read_only = on").await;
+    for (break_it, expected, mend_it) in [
         (
             "alter role pgonce set session_replication_role = replica",
             "triggers",
