@@ -189,9 +189,10 @@ impl Consumer {
         }
     }
 
-    /// Writes the mode down before the first step in it, for those who look whether an installation keeps all promises.
+    /// Writes the mode down before a step, for those who look whether an installation keeps all promises: exactly once when
+    /// it begins, and a weaker one each time, so that it stands there whoever else runs the consumer.
     pub(super) async fn declare_delivery(&self, database: &Database) -> Result<(), Error> {
-        if self.is_declared.load(Ordering::Relaxed) {
+        if self.delivery == Delivery::ExactlyOnce && self.is_declared.load(Ordering::Relaxed) {
             return Ok(());
         }
         let session = database.session().await?;

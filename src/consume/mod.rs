@@ -56,7 +56,7 @@ pub struct Consumer {
     batch_messages: i32,
     message_timeout: Duration,
     delivery: Delivery,
-    /// Whether the database knows of the delivery mode.
+    /// Whether the database has been told of the delivery mode.
     is_declared: AtomicBool,
     schedule: Option<Schedule>,
     /// How many steps are still to be careful, since a message failed.

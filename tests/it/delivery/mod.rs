@@ -352,6 +352,14 @@ async fn the_mode_is_written_down_and_waits_for_nobody() {
         delivery.name().clone_into(&mut before);
         assert_eq!(world.joined(DECLARED).await, before);
     }
+    // Of two that run it the weaker one counts, whoever began later.
+    let weaker = world.consumer(Delivery::AtMostOnce, false);
+    for _ in 0..2 {
+        weaker.step(&pool).await.expect("a step");
+        assert_eq!(world.joined(DECLARED).await, "at_most_once");
+        world.consumer(Delivery::ExactlyOnce, false).step(&pool).await.expect("a step");
+        assert_eq!(world.joined(DECLARED).await, "exactly_once");
+    }
     for (arguments, expected) in [
         ("'c', 'twice'", "PO003"),
         ("'c', null", "PO003"),
