@@ -56,7 +56,7 @@ select
     when s.source in ('client', 'session') then 'this session'
     else 'the configuration of the server' end),
   case when s.source in ('client', 'session') then 'take it out of PGOPTIONS or the options of the URL'
-    else format('alter system reset %s; select pg_reload_conf()', s.name) end
+    else format('alter system set %s = %L; select pg_reload_conf()', s.name, s.boot_val) end
 from pg_settings s
 where s.source not in ('database', 'user', 'database user', 'global')
   and (s.name = 'default_transaction_isolation' and s.setting <> 'read committed'

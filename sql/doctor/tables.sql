@@ -74,6 +74,26 @@ found as (
   from pg_class c
   join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
   where c.relnamespace = (select h.oid from home h) and c.relkind in ('r', 'p')
+),
+lost as (
+  select e.relation, e.name, e.definition, count(*) over (partition by e.relation) as columns
+  from expected_columns e
+  where exists (select from found t where t.relname = e.relation)
+    and not exists (select from found f where f.relname = e.relation and f.attname = e.name)
+),
+foreign_columns as (
+  select f.relname, f.attname, f.definition, count(*) over (partition by f.relname) as columns
+  from found f
+  where f.relname in (select e.relation from expected e)
+    and not exists (select from expected_columns e where e.relation = f.relname and e.name = f.attname)
+),
+-- Where one is missing and one is there instead. Of several nobody could tell which is which.
+renamed as (
+  select l.relation, l.name, f.attname
+  from lost l
+  join foreign_columns f on f.relname = l.relation
+  where l.columns = 1 and f.columns = 1
+    and substr(l.definition, length(l.name) + 1) = substr(f.definition, length(f.attname) + 1)
 )
 select 'tables' as "check", format('table %s is missing', e.relation) as subject, null as remedy
 from expected e
@@ -89,13 +109,19 @@ select
 from expected_columns e
 left join found f on f.relname = e.relation and f.attname = e.name
 where f.definition is distinct from e.definition and exists (select from found t where t.relname = e.relation)
+  and not exists (select from renamed r where r.relation = e.relation and r.name = e.name)
 union all
--- What pgonce writes has no value for it, and what it answers has a column more.
+select 'tables', format('column %I of table %I is named %I', r.name, r.relation, r.attname),
+       format('alter table pgonce.%I rename column %I to %I', r.relation, r.attname, r.name)
+from renamed r
+union all
+-- What pgonce writes has no value for it, and what it answers has a column more. Where others are missing it may be one of
+-- them, and is not to be dropped.
 select 'tables', format('column %I of table %I is none of pgonce', f.attname, f.relname),
-       format('alter table pgonce.%I drop column %I', f.relname, f.attname)
-from found f
-where f.relname in (select e.relation from expected e)
-  and not exists (select from expected_columns e where e.relation = f.relname and e.name = f.attname)
+       case when f.relname not in (select l.relation from lost l)
+         then format('alter table pgonce.%I drop column %I', f.relname, f.attname) end
+from foreign_columns f
+where not exists (select from renamed r where r.relation = f.relname)
 union all
 select 'tables', format('table %s has row security', c.oid::regclass),
        format('alter table %s disable row level security, no force row level security', c.oid::regclass)

@@ -62,6 +62,7 @@ const BROKEN: &[(&str, &str)] = &[
     ),
     ("alter table pgonce.samples enable row level security", "tables"),
     ("alter table pgonce.word_counts add column note text not null", "tables"),
+    ("alter table pgonce.set_aside rename column reason to why", "tables"),
     ("create role another; alter function pgonce.enqueue owner to another", "grants"),
     ("alter table pgonce.samples owner to another", "grants"),
     ("select setval('pgonce.outbox_seq', 1)", "sequences"),
@@ -129,6 +130,15 @@ async fn what_is_broken_in_the_schema_is_found_and_the_remedy_helps() {
     ] {
         clinic.case(break_it, &[expected], Some(mend_it)).await;
     }
+    // Which is which nobody could tell, and none is to be dropped for it.
+    let rename = "alter table pgonce.samples rename column retries to one; alter table pgonce.samples rename column dead_letters to two";
+    clinic.run(rename).await;
+    let report = clinic.expect("two names", &["tables"], true);
+    assert_eq!(findings(&report).len(), 4, "{report:#}");
+    let remedies = findings(&report).iter().map(|finding| finding["remedy"].to_string());
+    assert!(remedies.into_iter().all(|remedy| !remedy.contains("alter table")), "{report:#}");
+    let back = "alter table pgonce.samples rename column one to retries; alter table pgonce.samples rename column two to dead_letters";
+    clinic.run(back).await;
     // A play that is going on.
     clinic
         .run(
